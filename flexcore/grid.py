@@ -1,0 +1,314 @@
+"""Grid: the lattice arithmetic between coarse cells, regions and fine tokens.
+
+A medium is an n-d lattice seen at two resolutions. Coarse cells sit in the language model's sequence, fine tokens
+wait outside it, and regions are axis-aligned blocks of fine tokens: the unit of selection, fetching and caching.
+Flat indices are in raster order throughout (last axis fastest).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+OFFICIAL_LATTICE = 9  # the official code pools every coarse map to 9x9, whatever its size
+
+
+def _ints(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    try:
+        out = tuple(int(v) for v in value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a sequence of integers, one per axis, got {value!r}") from None
+    if not out or any(v <= 0 for v in out):
+        raise ValueError(f"{name} must hold a positive integer per axis, got {value!r}")
+    return out
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One medium's coarse cells, fine tokens and regions.
+
+    Args:
+        coarse: Coarse cells per axis: `(H, W)` image, `(T, H, W)` video, `(T,)` or `(T, F)` audio.
+        fine: Fine tokens per axis.
+        edges: Region edges per axis, in fine tokens: rising from 0 to `fine[axis]`. Blocks may differ in size.
+        padding: Share of each axis that is padding, before and after the content, in `[0, 1)`.
+        lattice: Set by `Grid.official` only: regions per axis of a lattice that need not line up with the fine
+            tokens. Its regions may be empty and its margins keep their fine tokens, as in the official code.
+
+    Raises:
+        ValueError: An axis is missing, a region is empty or outside the grid, or padding leaves no content.
+    """
+
+    coarse: tuple[int, ...]
+    fine: tuple[int, ...]
+    edges: tuple[tuple[int, ...], ...]
+    padding: tuple[tuple[float, float], ...] = ()
+    lattice: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "coarse", _ints("coarse", self.coarse))
+        object.__setattr__(self, "fine", _ints("fine", self.fine))
+        object.__setattr__(self, "edges", tuple(tuple(int(e) for e in axis) for axis in self.edges))
+        padding = self.padding or tuple((0.0, 0.0) for _ in self.coarse)
+        object.__setattr__(self, "padding", tuple((float(a), float(b)) for a, b in padding))
+        if not len(self.coarse) == len(self.fine) == len(self.edges) == len(self.padding):
+            raise ValueError(
+                "coarse, fine, edges and padding must have one entry per axis, got "
+                f"{len(self.coarse)}, {len(self.fine)}, {len(self.edges)} and {len(self.padding)}"
+            )
+        for axis, (edges, size) in enumerate(zip(self.edges, self.fine, strict=True)):
+            if len(edges) < 2 or edges[0] != 0 or edges[-1] != size:
+                raise ValueError(
+                    f"edges[{axis}] must run from 0 to fine[{axis}]={size} so that no region lies outside the "
+                    f"grid, got {edges}"
+                )
+            steps = [b - a for a, b in pairwise(edges)]
+            if min(steps) < (0 if self.lattice else 1):
+                raise ValueError(f"edges[{axis}] must rise strictly (no empty region), got {edges}")
+        for axis, (before, after) in enumerate(self.padding):
+            if not (0 <= before < 1 and 0 <= after < 1 and before + after < 1):
+                raise ValueError(
+                    f"padding[{axis}] must be two shares >= 0 that leave some content, got {(before, after)}"
+                )
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def blocks(
+        cls,
+        coarse: Sequence[int],
+        fine: Sequence[int],
+        region: int | Sequence[int] = 8,
+        tile: int | Sequence[int] | None = None,
+        padding: Sequence[tuple[float, float]] = (),
+    ) -> Grid:
+        """Lay out regions as fixed blocks, restarting at every tile so that a tile is a whole number of regions.
+
+        Args:
+            coarse: Coarse cells per axis.
+            fine: Fine tokens per axis.
+            region: Block side in fine tokens, one for all axes or one per axis; the last block may be smaller.
+            tile: Tile side in fine tokens (what the encoder sees at once), or None for one tile.
+            padding: Share of padding before and after, per axis.
+
+        >>> Grid.blocks((24, 24), (72, 72), region=8, tile=24).region_shape
+        (9, 9)
+        """
+        fine = _ints("fine", fine)
+        sides = _ints("region", [region] * len(fine) if isinstance(region, int) else region)
+        tiles = fine if tile is None else _ints("tile", [tile] * len(fine) if isinstance(tile, int) else tile)
+        if len(sides) != len(fine) or len(tiles) != len(fine):
+            raise ValueError(f"region and tile must have one entry per axis of fine={fine}")
+        edges = []
+        for size, side, step in zip(fine, sides, tiles, strict=True):
+            starts = [at for t in range(0, size, step) for at in range(t, min(t + step, size), side)]
+            edges.append((*starts, size))
+        return cls(tuple(coarse), fine, tuple(edges), tuple(padding))
+
+    @classmethod
+    def official(cls, coarse: int, fine: int, size: tuple[int, int] | None = None) -> Grid:
+        """The official code's square grid: always 9x9 regions, margins of a centred square padding.
+
+        Args:
+            coarse: Coarse side g.
+            fine: Fine side F.
+            size: Original image `(width, height)` before padding to a square, or None for a square one.
+
+        Semantics section 3, steps 2, 5 and 6. The region of fine row `a` is computed as torch's nearest upsampling
+        does, in float32, because it differs from `floor(9 a / F)` for a handful of sizes.
+        """
+        scale = torch.tensor(float(OFFICIAL_LATTICE)) / torch.tensor(float(fine))
+        owner = (torch.arange(fine, dtype=torch.float32) * scale).floor().clamp(max=OFFICIAL_LATTICE - 1)
+        edges = torch.searchsorted(owner, torch.arange(OFFICIAL_LATTICE + 1, dtype=torch.float32))
+        padding = [(0.0, 0.0), (0.0, 0.0)]
+        if size is not None:
+            width, height = size
+            share = (abs(width - height) // 2) / max(width, height)
+            padding[0 if width > height else 1] = (share, share)
+        axis = tuple(int(e) for e in edges)
+        lattice = (OFFICIAL_LATTICE, OFFICIAL_LATTICE)
+        return cls((coarse, coarse), (fine, fine), (axis, axis), tuple(padding), lattice)
+
+    # ------------------------------------------------------------------ sizes
+
+    @property
+    def n_coarse(self) -> int:
+        """Coarse cells in all."""
+        return math.prod(self.coarse)
+
+    @property
+    def n_fine(self) -> int:
+        """Fine tokens in all."""
+        return math.prod(self.fine)
+
+    @cached_property
+    def region_shape(self) -> tuple[int, ...]:
+        """Regions per axis."""
+        return tuple(len(e) - 1 for e in self.edges)
+
+    @cached_property
+    def n_regions(self) -> int:
+        """Regions in all."""
+        return math.prod(self.region_shape)
+
+    @cached_property
+    def _extents(self) -> tuple[Tensor, ...]:
+        """Per axis `[regions, 2]`: first fine token of each region and its length."""
+        out = []
+        for edges in self.edges:
+            e = torch.tensor(edges)
+            out.append(torch.stack([e[:-1], e[1:] - e[:-1]], dim=1))
+        return tuple(out)
+
+    @cached_property
+    def region_lengths(self) -> Tensor:
+        """Fine tokens per region, `[n_regions]`."""
+        lengths = torch.ones(1, dtype=torch.long)
+        for extent in self._extents:
+            lengths = (lengths[:, None] * extent[None, :, 1]).reshape(-1)
+        return lengths
+
+    @cached_property
+    def region_tokens(self) -> int:
+        """P: fine tokens of the largest region; every region is padded to it."""
+        return math.prod(int(e[:, 1].max()) for e in self._extents)
+
+    # ------------------------------------------------------------------ indices
+
+    def check_regions(self, regions: Tensor) -> Tensor:
+        """Return `regions` as an int64 vector on the CPU, or raise ValueError if one is not in the grid."""
+        regions = torch.as_tensor(regions).to("cpu", torch.long).reshape(-1)
+        if regions.numel() and (int(regions.min()) < 0 or int(regions.max()) >= self.n_regions):
+            raise ValueError(
+                f"regions must lie in [0, {self.n_regions}), got {int(regions.min())}..{int(regions.max())}"
+            )
+        return regions
+
+    def tokens(self, regions: Tensor) -> Tensor:
+        """Fine tokens of the given regions, raster order within a region.
+
+        Args:
+            regions: `[n]` flat region indices.
+
+        Returns:
+            `[n, P]` flat fine indices, -1 where a region is smaller than the largest one.
+        """
+        regions = self.check_regions(regions)
+        flat = torch.zeros(len(regions), 1, dtype=torch.long)
+        rank = torch.zeros(len(regions), 1, dtype=torch.long)
+        ok = torch.ones(len(regions), 1, dtype=torch.bool)
+        for size, extent, where in zip(self.fine, self._extents, self.unravel(regions), strict=True):
+            start, length = extent[where, 0], extent[where, 1]
+            offset = torch.arange(int(extent[:, 1].max()))
+            inside = offset[None] < length[:, None]
+            token = start[:, None] + offset[None]
+            flat = (flat[:, :, None] * size + token[:, None, :]).flatten(1)
+            rank = (rank[:, :, None] * length[:, None, None] + offset[None, None]).flatten(1)
+            ok = (ok[:, :, None] & inside[:, None, :]).flatten(1)
+        # real tokens come first, in raster order; the padding goes to the end of the row
+        order = torch.where(ok, rank, torch.full_like(rank, self.n_fine)).argsort(dim=1, stable=True)
+        return torch.where(ok, flat, torch.full_like(flat, -1)).gather(1, order)
+
+    def unravel(self, regions: Tensor) -> tuple[Tensor, ...]:
+        """Split flat region indices into one index per axis."""
+        out = []
+        for size in reversed(self.region_shape):
+            out.append(regions % size)
+            regions = regions // size
+        return tuple(reversed(out))
+
+    def coordinates(self, tokens: Tensor) -> Tensor:
+        """Where fine tokens lie on the coarse grid, in cells: cell u has its centre at u.
+
+        Args:
+            tokens: `[...]` flat fine indices.
+
+        Returns:
+            `[..., axes]` float32 in `[-0.5, coarse - 0.5]`.
+        """
+        out = []
+        for fine, coarse in zip(reversed(self.fine), reversed(self.coarse), strict=True):
+            out.append(((tokens % fine).float() + 0.5) * (coarse / fine) - 0.5)
+            tokens = tokens // fine
+        return torch.stack(out[::-1], dim=-1)
+
+    def parents(self, tokens: Tensor) -> Tensor:
+        """Flat index of the coarse cell that holds the centre of each fine token, same shape as `tokens`."""
+        coordinates = self.coordinates(tokens)
+        flat = torch.zeros_like(tokens)
+        for axis, size in enumerate(self.coarse):
+            cell = (coordinates[..., axis] + 0.5).floor().long().clamp(0, size - 1)
+            flat = flat * size + cell
+        return flat
+
+    # ------------------------------------------------------------------ incidence
+
+    @cached_property
+    def _windows(self) -> tuple[Tensor, ...]:
+        """Per axis `[regions, m]`: the cells each region touches, the last one repeated as padding."""
+        out = []
+        for edges, cells, size in zip(self.edges, self.coarse, self.fine, strict=True):
+            n = len(edges) - 1
+            if self.lattice is not None:
+                spans = [(p * cells // n, -((p + 1) * cells // -n)) for p in range(n)]
+            else:
+                spans = [(edges[p] * cells // size, -(edges[p + 1] * cells // -size)) for p in range(n)]
+            width = max(b - a for a, b in spans)
+            out.append(torch.tensor([[min(a + i, b - 1) for i in range(width)] for a, b in spans]))
+        return tuple(out)
+
+    def pool(self, cells: Tensor) -> Tensor:
+        """Largest value among the cells that each region touches (for masks: any).
+
+        A cell that straddles several regions counts for all of them, so this is a relation and not a map.
+
+        Args:
+            cells: `[..., n_coarse]`, numbers or bools.
+
+        Returns:
+            `[..., n_regions]`, same dtype.
+        """
+        lead = cells.shape[:-1]
+        x = cells.reshape(-1, *self.coarse)
+        for axis, window in enumerate(self._windows):
+            window = window.to(cells.device)
+            x = x.index_select(axis + 1, window.reshape(-1)).unflatten(axis + 1, window.shape)
+            x = x.any(axis + 2) if cells.dtype == torch.bool else x.amax(axis + 2)
+        return x.reshape(*lead, self.n_regions)
+
+    # ------------------------------------------------------------------ margins
+
+    def _content(self, sizes: tuple[int, ...]) -> Tensor:
+        inside = torch.ones(1, dtype=torch.bool)
+        for size, (before, after) in zip(sizes, self.padding, strict=True):
+            at = torch.arange(size)
+            axis = (at >= int(before * size)) & (at < size - int(after * size))
+            inside = (inside[:, None] & axis[None]).reshape(-1)
+        return inside
+
+    @cached_property
+    def coarse_valid(self) -> Tensor:
+        """`[n_coarse]` bool: cells that are not wholly padding."""
+        return self._content(self.coarse)
+
+    @cached_property
+    def fine_valid(self) -> Tensor:
+        """`[n_fine]` bool: fine tokens that are not wholly padding (the official code keeps them all)."""
+        if self.lattice is not None:
+            return torch.ones(self.n_fine, dtype=torch.bool)
+        return self._content(self.fine)
+
+    def box(self, region: int) -> tuple[tuple[float, float], ...]:
+        """A region's extent per axis as shares of the (padded) medium, `((start, stop), ...)` in `[0, 1]`."""
+        index = self.check_regions(torch.tensor([region]))
+        out = []
+        for extent, size, where in zip(self._extents, self.fine, self.unravel(index), strict=True):
+            start, length = (int(v) for v in extent[int(where)])
+            out.append((start / size, (start + length) / size))
+        return tuple(out)
