@@ -1,0 +1,292 @@
+"""Per-forward state: which rows read, what each layer selected, and the work of one layer's attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..hierarchical_attention import hierarchical_attention
+from ..row_attention import CausalRows, GatheredRows, RegionRows, RowMask, row_attention, with_sinks
+from ..streams import FineStream
+from ..trace import TraceRecord
+from .state import FlexRequest
+
+if TYPE_CHECKING:
+    from .binding import FlexBinding
+
+
+class FlexContext:
+    """One forward pass: which rows read, and what each layer selected for the next.
+
+    Selections are kept per layer, because gradient checkpointing recomputes layers in another order.
+    """
+
+    def __init__(
+        self,
+        binding: FlexBinding,
+        request: FlexRequest,
+        past: int,
+        length: int,
+        batch: int,
+        alpha: float | Tensor,
+    ):
+        self.binding = binding
+        self.request = request
+        self.past = past
+        self.length = length
+        self.batch = batch
+        self.alpha = alpha
+        self.beams = batch // len(request.samples)
+        # grad mode as the caller sees it: inside a checkpointed layer it may look switched off
+        self.keep = not torch.is_grad_enabled()
+        self.selected: dict[int, list[Tensor | None]] = {}
+        self.traces = [(trace, trace.number(request)) for trace in binding.traces]
+        self._recorded = False
+        self._moved: dict[Any, Tensor] = {}
+        rows = request.rows(past, length)
+        counts = rows.sum(dim=1)
+        self.n_rows = int(counts.max()) if len(counts) else 0
+        # per sample: (batch row, query index, slot) of every readout row, beams of a sample side by side
+        self.index: list[tuple[Tensor, Tensor, Tensor]] = []
+        slots = torch.zeros(batch, max(self.n_rows, 1), dtype=torch.long)
+        for i, mask in enumerate(rows):
+            at = mask.nonzero()[:, 0]
+            beams = torch.arange(i * self.beams, (i + 1) * self.beams)
+            slots[beams, : len(at)] = at
+            self.index.append(
+                (
+                    beams.repeat_interleave(len(at)),
+                    at.repeat(self.beams),
+                    torch.arange(len(at)).repeat(self.beams),
+                )
+            )
+        self.slots = slots
+        width = max((len(s.cells) for s in request.samples), default=0)
+        self.cells = torch.zeros(batch, width, dtype=torch.long)
+        for i, sample in enumerate(request.samples):
+            self.cells[i * self.beams : (i + 1) * self.beams, : len(sample.cells)] = sample.cells
+
+    def _on(self, name: Any, tensor: Tensor, device: torch.device) -> Tensor:
+        """A CPU index tensor on a layer's device, moved once per forward."""
+        if tensor.device == device:
+            return tensor
+        key = (name, device)
+        if key not in self._moved:
+            self._moved[key] = tensor.to(device, non_blocking=True)
+        return self._moved[key]
+
+    # ------------------------------------------------------------------ positions
+
+    def record_positions(self, position_ids: Tensor | None) -> None:
+        """Note the rotary positions that the model gave to coarse tokens passing through in this forward."""
+        if self._recorded:
+            return
+        self._recorded = True
+        if position_ids is None:
+            position_ids = torch.arange(self.past, self.past + self.length)[None]
+        ids = position_ids.detach().to("cpu")
+        self.request.max_position = max(self.request.max_position, int(ids.max()))
+        for i, sample in enumerate(self.request.samples):
+            here = (sample.cells >= self.past) & (sample.cells < self.past + self.length)
+            if not bool(here.any()):
+                continue
+            row = min(i * self.beams, ids.shape[-2] - 1)
+            new = ids[..., row, :][..., sample.cells[here] - self.past]
+            if sample.rope is None:
+                sample.rope = new.new_zeros(*new.shape[:-1], len(sample.cells))
+            elif bool((sample.rope_known & here).any()) and not torch.equal(sample.rope[..., here], new):
+                self.request.kv.clear(i)  # the same tokens at other positions: their fine keys are stale
+            sample.rope[..., here] = new
+            sample.rope_known |= here
+
+    # ------------------------------------------------------------------ attention
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        out: Tensor,
+        scaling: float,
+        causal: bool,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Select with this layer's attention, and let the readout rows read what the layer before selected.
+
+        Args:
+            module: The layer's attention module.
+            query: `[B, Hq, Q, D]` rotated.
+            key: `[B, Hkv, S, D]` rotated, cache included.
+            mask: As the base backend got it.
+            out: `[B, Q, Hq, Dv]`, the base backend's output.
+            scaling: Factor on the logits.
+            causal: Whether a missing mask means causal.
+            kwargs: The attention call's other arguments.
+
+        Returns:
+            `out`, with the readout rows replaced where they read something.
+        """
+        layer = self.binding.layer_of(module)
+        if layer is None:
+            return out
+        self.record_positions(kwargs.get("position_ids"))
+        if not self.n_rows:
+            return out
+        selects = layer in self.binding.selecting or (bool(self.traces) and layer in self.binding.traced)
+        chosen = self._chosen(layer)
+        if not selects and chosen is None:
+            return out
+
+        sinks = kwargs.get("s_aux")
+        softcap = kwargs.get("softcap")
+        offset = query.shape[2] - self.length  # some layers are handed only the last queries
+        rows = self._on("slots", self.slots, query.device) + offset
+        if query.shape[2] == 1:
+            q = query
+        else:
+            q = query[torch.arange(self.batch, device=query.device)[:, None], :, rows].transpose(1, 2)
+        key, row_mask = self._row_mask(key, mask, rows, query.shape[2], causal)
+        cells = None
+        if selects:
+            cells = self._on("cells", self.cells, query.device).clamp(max=key.shape[2] - 1)
+        _, lse, scores = row_attention(
+            q, key, None, row_mask, scaling=scaling, softcap=softcap, cells=cells, sinks=sinks
+        )
+        if selects:
+            assert scores is not None
+            self._select(layer, scores, key.shape[2])
+        if chosen is None:
+            return out
+        return self._read(layer, chosen, query, offset, with_sinks(lse, sinks), out, scaling, softcap)
+
+    def _row_mask(
+        self, key: Tensor, mask: Tensor | None, rows: Tensor, n_queries: int, causal: bool
+    ) -> tuple[Tensor, RowMask | None]:
+        if mask is not None and mask.ndim == 4:
+            if n_queries == 1 or mask.shape[2] == 1:
+                rows = torch.zeros_like(rows)
+            return key[:, :, : mask.shape[3]], GatheredRows(mask, rows)
+        if mask is None and (not causal or n_queries == 1):
+            return key, None
+        if mask is None and key.shape[2] > n_queries and not self.past:
+            key = key[:, :, :n_queries]  # an empty static cache hands over its unwritten tail too
+        causal_rows = CausalRows(rows + (key.shape[2] - n_queries), key.shape[2])
+        if mask is None:
+            return key, causal_rows
+        padding = mask.to(torch.bool)[:, None, None, : key.shape[2]]
+        seen = causal_rows.keys <= causal_rows.last[:, :, None]
+        return key, GatheredRows(
+            seen[:, None] & padding, torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        )
+
+    def _chosen(self, layer: int) -> list[tuple[Tensor, Tensor] | None] | None:
+        """Per sample (selection `[n, U]`, its U regions on the CPU), or None where nothing was selected."""
+        source = self.binding.reads_from.get(layer)
+        if source is None or source not in self.selected:
+            return None
+        out: list[tuple[Tensor, Tensor] | None] = []
+        for selected in self.selected[source]:
+            regions = None if selected is None else selected.any(dim=0).nonzero()[:, 0]
+            if selected is None or regions is None or not len(regions):
+                out.append(None)
+            else:
+                out.append((selected.index_select(1, regions), regions.to("cpu")))
+        return out if any(o is not None for o in out) else None
+
+    def _select(self, layer: int, scores: Tensor, n_keys: int) -> None:
+        """Turn head-summed probabilities `[B, R, cells]` into a selection per sample."""
+        result: list[Tensor | None] = []
+        records = []
+        for i, sample in enumerate(self.request.samples):
+            batch_rows, queries, slots = (
+                self._on(("index", i, j), t, scores.device) for j, t in enumerate(self.index[i])
+            )
+            if not sample.streams or not len(queries):
+                result.append(None)
+                continue
+            own = scores[batch_rows, slots][:, : len(sample.cells)]
+            if int(sample.cells.max()) >= n_keys:  # a chunked prefill hasn't reached this medium yet
+                own = own.masked_fill(self._on(("cells", i), sample.cells, scores.device) >= n_keys, 0.0)
+            at = queries + self.past
+            parts = []
+            for m, stream in enumerate(sample.streams):
+                part = own[:, sample.cell_at[m] : sample.cell_at[m + 1]]
+                keys = torch.stack(
+                    [torch.full_like(at, layer), at - sample.cells[sample.cell_at[m]].to(at.device)], 1
+                )
+                regions = self.binding.selector.select(part, stream.grid, stream.selectable, keys)
+                parts.append(regions)
+                if self.traces:
+                    records += self._records(layer, i, m, stream, part, regions)
+            result.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        self.selected[layer] = result
+        for trace, number in self.traces:
+            trace.add([TraceRecord(number, *record) for record in records])
+
+    def _records(
+        self, layer: int, sample: int, medium: int, stream: FineStream, scores: Tensor, regions: Tensor
+    ) -> list[tuple[Any, ...]]:
+        read_in = self.binding.read_in.get(layer)
+        scores, regions = scores.float().cpu(), regions.cpu()
+        batch_rows, queries, _ = self.index[sample]
+        return [
+            (layer, read_in, int(q) + self.past, int(b), sample, medium, scores[r], regions[r], stream.grid)
+            for r, (b, q) in enumerate(zip(batch_rows, queries, strict=True))
+        ]
+
+    def _read(
+        self,
+        layer: int,
+        chosen: list[tuple[Tensor, Tensor] | None],
+        query: Tensor,
+        offset: int,
+        lse: Tensor,
+        out: Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        where_b, where_q, new = [], [], []
+        for i, pick in enumerate(chosen):
+            if pick is None:
+                continue
+            selected, regions = pick
+            b, q, slots = (self._on(("index", i, j), t, query.device) for j, t in enumerate(self.index[i]))
+            q = q + offset
+            key, value = self._fine(layer, i, regions)
+            valid = self.request.samples[i].valid(regions).to(query.device)
+            merged = hierarchical_attention(
+                query[b, :, q].transpose(0, 1)[None],
+                None,
+                None,
+                key.flatten(0, 1).transpose(0, 1)[None],
+                value.flatten(0, 1).transpose(0, 1)[None],
+                fine_mask=RegionRows(selected[None].to(query.device), valid[None]),
+                scaling=scaling,
+                softcap=softcap,
+                alpha=self.alpha,
+                plain=out[b, q][None],
+                lse=lse[b, :, slots].transpose(0, 1)[None],
+            )
+            where_b.append(b)
+            where_q.append(q)
+            new.append(merged[0])
+        index = (torch.cat(where_b), torch.cat(where_q))
+        values = torch.cat(new).to(out.dtype)
+        if torch.is_grad_enabled() and (out.requires_grad or values.requires_grad):
+            return out.index_put(index, values)
+        out[index] = values
+        return out
+
+    def _fine(self, layer: int, sample: int, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Fine keys `[n, P, Hkv, D]` and values of a sample's regions in one layer."""
+        state = self.request.samples[sample]
+
+        def project(missing: Tensor) -> tuple[Tensor, Tensor]:
+            return self.binding.project(self.request, layer, state, missing)
+
+        if not self.keep:
+            return project(regions)
+        return self.request.kv.get(layer, sample, regions, state.n_regions, project)

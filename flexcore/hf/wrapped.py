@@ -1,0 +1,199 @@
+"""The wrapped model's class: `forward` and `generate` that find, begin or continue a request."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import StreamError
+from .binding import FlexBinding
+from .checkpoint import load_adapter_weights, save_adapter_weights
+from .context import FlexContext
+from .state import FlexRequest
+
+ON_CACHE = "_flexcore_request"
+NEW_ARGUMENTS = ("flex_streams", "readout_mask", "alpha")
+
+
+@functools.cache
+def wrapped_class(base: Any) -> type:
+    """A subclass whose `forward`, `prepare_inputs_for_generation` and `generate` also take the media.
+
+    It keeps the base's name, and shows the base's signatures plus the new arguments, because `generate` and
+    `Trainer` decide by signature what they may pass.
+    """
+    names = list(inspect.signature(base.forward).parameters)[1:]
+
+    def forward(
+        self: Any,
+        *args: Any,
+        flex_streams: Any = None,
+        readout_mask: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        cache = kwargs.get("past_key_values")
+        if flex_streams is None and (cache is None or not hasattr(cache, ON_CACHE)) and not args:
+            return base.forward(self, **kwargs)
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        binding: FlexBinding = self._flex_binding
+        with binding.running():
+            context = _context(binding, kwargs, flex_streams, readout_mask, alpha)
+            if context is None:
+                return base.forward(self, **kwargs)
+            out = base.forward(self, **kwargs, flex_streams=context)
+            _ride_on_cache(out, context.request)
+        return out
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    def generate(
+        self: Any, *args: Any, flex_streams: Any = None, readout_mask: Any = None, **kwargs: Any
+    ) -> Any:
+        binding: FlexBinding = self._flex_binding
+        with binding.running():
+            request = _generation_request(binding, args, kwargs, flex_streams, readout_mask)
+            if request is not None:
+                kwargs["flex_streams"] = request
+            return base.generate(self, *args, **kwargs)
+
+    body: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_flex_base": base,
+        "forward": _signed(forward, base.forward, NEW_ARGUMENTS),
+        "save_adapter_weights": save_adapter_weights,
+        "load_adapter_weights": load_adapter_weights,
+    }
+    if hasattr(base, "generate"):
+        body["prepare_inputs_for_generation"] = _signed(
+            prepare_inputs_for_generation, base.prepare_inputs_for_generation, NEW_ARGUMENTS[:1]
+        )
+        body["generate"] = _signed(generate, base.generate, NEW_ARGUMENTS[:2])
+    return type(base.__name__, (base,), body)
+
+
+def _signed(function: Any, base: Any, added: tuple[str, ...]) -> Any:
+    """`function` with the base's signature and docstring plus keyword arguments of ours."""
+    signature = inspect.signature(base)
+    parameters = list(signature.parameters.values())
+    tail = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    new = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in added]
+    function.__signature__ = signature.replace(
+        parameters=[*parameters[: len(parameters) - len(tail)], *new, *tail]
+    )
+    function.__doc__ = base.__doc__
+    return function
+
+
+def _length(kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Batch and tokens of the inputs of a forward."""
+    for name in ("inputs_embeds", "input_ids"):
+        if kwargs.get(name) is not None:
+            return kwargs[name].shape[0], kwargs[name].shape[1]
+    raise StreamError("input_ids or inputs_embeds must be given when flex_streams is")
+
+
+def _past(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _context(
+    binding: FlexBinding, kwargs: dict[str, Any], given: Any, readout_mask: Tensor | None, alpha: Any
+) -> FlexContext | None:
+    """The state of one forward pass, with its request found, continued or begun; None if there are no media."""
+    cache = kwargs.get("past_key_values")
+    past = _past(cache)
+    request = getattr(cache, ON_CACHE, None)
+    if request is not None and not past:
+        delattr(cache, ON_CACHE)  # the cache was reset: what rode on it belongs to another text
+        request = None
+    batch, length = _length(kwargs) if given is not None or request is not None else (0, 0)
+    if isinstance(given, FlexRequest):
+        request = given
+    elif given is not None:
+        binding.check_streams(given)
+        _check(given, batch, past + length)
+        if request is None:
+            request = binding.new_request(given)
+        else:
+            request.adopt(given, past)
+    if request is None:
+        return None
+    if not isinstance(given, FlexRequest):
+        labels = kwargs.get("labels")
+        if labels is not None and readout_mask is None:
+            readout_mask = torch.zeros(labels.shape, dtype=torch.bool)
+            readout_mask[:, :-1] = labels[:, 1:].cpu() != -100
+        if given is not None or readout_mask is not None or request.prefix is None:
+            request.begin_turn(
+                past + length, past, binding.config.readout, kwargs.get("attention_mask"), readout_mask
+            )
+    version = binding.weights_version()
+    if request.weights != version:
+        request.kv.clear()
+        request.weights = version
+    if cache is not None:
+        setattr(cache, ON_CACHE, request)
+    return FlexContext(binding, request, past, length, batch, 1.0 if alpha is None else alpha)
+
+
+def _check(streams: Any, batch: int, length: int) -> None:
+    """Raise StreamError unless the media fit a batch of this shape."""
+    if not len(streams) or batch % len(streams):
+        raise StreamError(
+            f"flex_streams must hold one entry per sample of the batch ({batch}), got {len(streams)}"
+        )
+    for i, sample in enumerate(streams.samples):
+        for j, stream in enumerate(sample):
+            if stream.coarse_positions is None:
+                raise StreamError(
+                    f"flex_streams sample {i}, medium {j}: coarse_positions must be set, see stream.at"
+                )
+            if int(stream.coarse_positions.max()) >= length:
+                raise StreamError(
+                    f"flex_streams sample {i}, medium {j}: coarse_positions must lie in the sequence of {length} "
+                    f"tokens, got {int(stream.coarse_positions.max())}"
+                )
+
+
+def _generation_request(
+    binding: FlexBinding, args: tuple[Any, ...], kwargs: dict[str, Any], given: Any, readout_mask: Any
+) -> FlexRequest | None:
+    """The request that a `generate` call begins or continues; it knows where the prompt ends."""
+    cache = kwargs.get("past_key_values")
+    past = _past(cache)
+    request = getattr(cache, ON_CACHE, None) if past else None
+    if given is None and request is None:
+        return None
+    if isinstance(given, FlexRequest):
+        return given
+    inputs = args[0] if args else kwargs.get("inputs")
+    batch, length = _length({"input_ids": inputs, **kwargs} if inputs is not None else kwargs)
+    attention_mask = kwargs.get("attention_mask")
+    if attention_mask is not None and attention_mask.ndim == 2:
+        length = max(length, attention_mask.shape[1])  # a later turn may pass its new tokens only
+    if given is not None:
+        binding.check_streams(given)
+        _check(given, batch, length)
+    if request is None:
+        request = binding.new_request(given)
+    elif given is not None:
+        request.adopt(given, past)
+    request.begin_turn(length, past, binding.config.readout, attention_mask, readout_mask)
+    return request
+
+
+def _ride_on_cache(out: Any, request: FlexRequest) -> None:
+    """Attach the request to the KV cache that a forward made, for the steps and turns to come."""
+    cache = getattr(out, "past_key_values", None)
+    if cache is None and isinstance(out, tuple):
+        cache = next((o for o in out if hasattr(o, "get_seq_length")), None)
+    if cache is not None:
+        setattr(cache, ON_CACHE, request)
