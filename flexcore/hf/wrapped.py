@@ -62,6 +62,11 @@ def wrapped_class(base: Any) -> type:
                 kwargs["flex_streams"] = request
             return base.generate(self, *args, **kwargs)
 
+    def _get_candidate_generator(self: Any, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        # an assistant model drafts without media: it may be plain, and has no fine tokens of our width
+        own = {k: v for k, v in model_kwargs.items() if k not in NEW_ARGUMENTS}
+        return base._get_candidate_generator(self, *args, model_kwargs=own, **kwargs)
+
     body: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -76,6 +81,7 @@ def wrapped_class(base: Any) -> type:
             prepare_inputs_for_generation, base.prepare_inputs_for_generation, NEW_ARGUMENTS[:1]
         )
         body["generate"] = _signed(generate, base.generate, NEW_ARGUMENTS[:2])
+        body["_get_candidate_generator"] = _get_candidate_generator
     return type(base.__name__, (base,), body)
 
 

@@ -53,7 +53,9 @@ class Sample:
     seed: int = 0
 
 
-def batch(kind: str, samples: list[Sample], side: str = "left", model=None, source=flexcore.TensorSource) -> dict:
+def batch(
+    kind: str, samples: list[Sample], side: str = "left", model=None, source=flexcore.TensorSource
+) -> dict:
     """Inputs of a padded batch, media included."""
     parts = [_tokens(kind, s) for s in samples]
     length = max(len(ids) for ids, _ in parts)

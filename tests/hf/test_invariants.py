@@ -76,7 +76,11 @@ def test_i1_generate_is_bit_identical(kind, how):
         torch.manual_seed(7)
         outs.append(
             generate(
-                model, flex or plain(inputs), **DECODING[how], output_logits=True, return_dict_in_generate=True
+                model,
+                flex or plain(inputs),
+                **DECODING[how],
+                output_logits=True,
+                return_dict_in_generate=True,
             )
         )
     for out in outs[1:]:
@@ -93,7 +97,15 @@ def test_i1_unwrap_leaves_no_trace(kind):
         configs = [x.config.to_json_string() for x in m.modules() if hasattr(x, "config")]
         own = sorted(k for k in vars(m) if k not in ("_modules", "_parameters", "_buffers"))
         attention = [x.config._attn_implementation for x in m.modules() if hasattr(x, "config")]
-        return type(m), sorted(m.state_dict()), hooks, configs, own, attention, [x.training for x in m.modules()]
+        return (
+            type(m),
+            sorted(m.state_dict()),
+            hooks,
+            configs,
+            own,
+            attention,
+            [x.training for x in m.modules()],
+        )
 
     inputs = batch(kind, MIXED)
     forward(model, plain(inputs))  # the vision tower installs capture hooks of its own on its first run
@@ -256,7 +268,9 @@ def test_i5_beams_equal_each_beam_scored_alone(kind):
         ids = torch.cat([alone["input_ids"][0], new])[None]
         labels = torch.full_like(ids, -100)
         labels[0, -len(new) :] = new
-        logits = forward(model, {**alone, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels)
+        logits = forward(
+            model, {**alone, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, labels=labels
+        )
         own = logits[0, -len(new) - 1 : -1].log_softmax(-1).gather(1, new[:, None]).sum()
         assert abs(float(own - out.sequences_scores[row])) < 1e-4
     cacheless = generate(model, inputs, **settings, use_cache=False)
