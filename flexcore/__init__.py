@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from flexcore.hf.wrap import attached, is_wrapped, unwrap, wrap
 
 _LAZY = {
-    name: "flexcore.hf"
-    for name in ("attached", "is_wrapped", "load_adapter_weights", "save_adapter_weights", "unwrap", "wrap")
+    "attached": "flexcore.hf.wrap",
+    "is_wrapped": "flexcore.hf.wrap",
+    "load_adapter_weights": "flexcore.hf.checkpoint",
+    "save_adapter_weights": "flexcore.hf.checkpoint",
+    "unwrap": "flexcore.hf.wrap",
+    "wrap": "flexcore.hf.wrap",
 }
 
 __all__ = [

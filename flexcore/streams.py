@@ -35,6 +35,8 @@ class FineStream:
     source: FineSource
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, FineSource):
+            raise StreamError(f"source must be a FineSource, got {type(self.source).__name__}")
         if self.source.grid.fine != self.grid.fine or self.source.grid.edges != self.grid.edges:
             raise StreamError(
                 f"source.grid must have the stream's fine tokens and regions: {self.grid.fine}, "
@@ -132,6 +134,10 @@ class StreamBatch:
             )
         )
 
+    def __repr__(self) -> str:
+        media = [[f"{s.grid.coarse}->{s.grid.fine}" for s in sample] for sample in self.samples]
+        return f"StreamBatch({len(self)} sample(s), media per sample: {media})"
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -150,4 +156,5 @@ class StreamBatch:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StreamBatch:
         """The same batch with its features on another device or in another dtype."""
-        return StreamBatch(tuple(tuple(s.to(device, dtype) for s in sample) for sample in self.samples))
+        moved = tuple(tuple(s.to(device, dtype) for s in sample) for sample in self.samples)
+        return self if moved == self.samples else StreamBatch(moved)

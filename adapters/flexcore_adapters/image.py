@@ -1,0 +1,208 @@
+"""The image adapter for models that are built like LLaVA: one fixed-size vision tower and a projector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexcore.hf.processing import Adapter
+from flexcore.hookspecs import Register, hookimpl
+from flexcore.sources import FineSource, TensorSource
+
+from .image_io import check_size, default_max_pixels, load_image
+from .image_tower import encode_tiles, native_size, normalise
+from .image_views import ImageView, mean_colour, native_view, padded_view, resample_filter
+from .tiling import downscale, paste_tiles
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+    from flexcore.hf.inputs import FlexInputs
+
+_ASPECTS = ("pad", "native")
+_REGION_SIZE = 8
+# Both views of a picture must come from the same settings, so these belong on the processor, not on a call.
+_IMAGE_SETTINGS = {
+    *("images_kwargs", "do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size"),
+    *("do_pad", "pad_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("do_convert_rgb", "data_format", "input_data_format"),
+}
+
+
+@hookimpl
+def flexcore_register_adapters(register: Register) -> None:
+    """Register the image adapter."""
+    register("image", ImageAdapter)
+
+
+class ImageAdapter(Adapter):
+    """Pictures for a LLaVA-architecture model: a coarse view in the sequence, tiles of a finer one on demand.
+
+    With `aspect="pad"` a picture is centred in a square of the processor's mean colour, as LLaVA was trained; both
+    views show that square, and its margins are never read. With `aspect="native"` nothing is padded: the fine view is
+    the layout of at most `zoom * zoom` tiles that fits the picture best, the coarse view shows the same picture
+    stretched to a square, and coarse cells and fine tokens match on each axis.
+
+    Args:
+        model: The model, wrapped or plain; a wrapped one's config lays out the regions.
+        processor: The model's own processor.
+        zoom: Fine tokens per coarse cell and axis; `zoom * zoom` tiles are encoded per picture.
+        aspect: `pad` or `native`.
+        region_size: Side of a region in fine tokens; None takes the wrapped model's, or 8.
+        max_pixels: The largest picture accepted; None takes `PIL.Image.MAX_IMAGE_PIXELS`.
+        micro_batch: Tiles per call of the vision tower.
+        progress: Show a bar while encoding; None shows one on a terminal when there are many tiles.
+
+    Raises:
+        ValueError: An option is out of range.
+        UnsupportedModelError: The model has no fixed-size vision tower.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        zoom: int = 3,
+        aspect: str = "pad",
+        region_size: int | None = None,
+        max_pixels: int | None = None,
+        micro_batch: int = 8,
+        progress: bool | None = None,
+        **unknown: Any,
+    ):
+        super().__init__(model, processor, **unknown)
+        numbers = {
+            "zoom": zoom,
+            "region_size": region_size,
+            "max_pixels": max_pixels,
+            "micro_batch": micro_batch,
+        }
+        for name, value in numbers.items():
+            if value is None and name not in ("zoom", "micro_batch"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if aspect not in _ASPECTS:
+            raise ValueError(f"aspect must be one of {', '.join(_ASPECTS)}, got {aspect!r}")
+        if progress is not None and not isinstance(progress, bool):
+            raise ValueError(f"progress must be a bool or None, got {progress!r}")
+        self.zoom = zoom
+        self.aspect = aspect
+        self.region_size = region_size
+        self.max_pixels = max_pixels
+        self.micro_batch = micro_batch
+        self.progress = progress
+        self.side, self.cells = native_size(model, processor)
+
+    # Spelt out for its signature; the work is the base's.
+    def __call__(self, text: str | Sequence[str], images: Any = None, **kwargs: Any) -> FlexInputs:
+        """Make model inputs.
+
+        Args:
+            text: One prompt or a list of them, with the processor's `<image>` where a picture goes.
+            images: None, one picture, a flat list that the placeholders take in order, or a list per sample. A
+                picture is a PIL image, a path, a numpy array or a torch tensor, see `load_image`.
+            **kwargs: For the processor's text side; `padding=True` unless given.
+
+        Returns:
+            `input_ids`, `attention_mask`, `flex_streams`, and `pixel_values` (the coarse views) if there are any.
+
+        Raises:
+            StreamError: Pictures and placeholders differ in number.
+            ValueError: A picture is unusable; the message says which and why.
+        """
+        return super().__call__(text, **{self.keyword: images}, **kwargs)
+
+    def views(self, media: Sequence[Any]) -> list[ImageView]:
+        """Load pictures and make both views of each; sizes are checked first, before any file is decoded."""
+        official = self._official()
+        limit = default_max_pixels() if self.max_pixels is None else self.max_pixels
+        names = [f"image {i}" for i in range(len(media))]
+        for medium, name in zip(media, names, strict=True):
+            check_size(medium, limit, name)
+        pictures = [load_image(medium, limit, name) for medium, name in zip(media, names, strict=True)]
+        settings = self.processor.image_processor
+        colour, resample = mean_colour(settings), resample_filter(settings)
+        config = self.flex_config
+        region = self.region_size or (config.region_size if config is not None else _REGION_SIZE)
+        if self.aspect == "native":
+            return [native_view(p, self.side, self.cells, self.zoom, region, resample) for p in pictures]
+        layout = None if official else region
+        return [padded_view(p, self.side, self.cells, self.zoom, layout, colour, resample) for p in pictures]
+
+    def sources(self, views: Sequence[ImageView]) -> list[FineSource]:
+        """Encode all tiles of all pictures now."""
+        return [
+            TensorSource(paste_tiles(maps, view.rows, view.cols)[0], view.grid)
+            for view, maps in zip(views, self.encode(views), strict=True)
+        ]
+
+    def encode(self, views: Sequence[ImageView], regions: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Encode the tiles that hold the given regions.
+
+        Args:
+            views: Pictures made ready by `views`.
+            regions: `[n]` region indices for each view; None for all tiles.
+
+        Returns:
+            `[k, cells * cells, C]` per view: the maps of its tiles `view.tiles_of(regions)`, ascending.
+        """
+        wanted = [
+            view.tiles(None if regions is None else view.tiles_of(regions[i])) for i, view in enumerate(views)
+        ]
+        # One run over all pictures, so that the last batch of each isn't a small one.
+        maps = encode_tiles(
+            self.model,
+            self.processor.image_processor,
+            torch.cat(wanted),
+            self.cells,
+            self.lead_tokens,
+            self.micro_batch,
+            self.progress,
+        )
+        return list(maps.split([len(tiles) for tiles in wanted]))
+
+    def process(self, texts: list[str], views: Sequence[ImageView], **kwargs: Any) -> BatchFeature:
+        """Run the processor with its resize and crop off: the coarse views have their size already."""
+        if mine := sorted(_IMAGE_SETTINGS & set(kwargs)):
+            raise ValueError(
+                f"{', '.join(mine)}: image settings hold for both views of a picture; set them on "
+                "processor.image_processor"
+            )
+        fixed = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+        inputs = super().process(texts, views, images_kwargs=fixed, **kwargs)
+        if not views:
+            return inputs
+        expected = (len(views), 3, self.side, self.side)
+        if tuple(inputs["pixel_values"].shape) != expected:
+            raise ValueError(
+                f"the processor made pixel_values of {tuple(inputs['pixel_values'].shape)} from coarse views of "
+                f"{self.side}x{self.side}, so cells and pixels no longer match; expected {expected}"
+            )
+        if self._official():
+            fine = [normalise(self.processor.image_processor, view.pixels[None]) for view in views]
+            inputs["pixel_values"] = torch.cat([downscale(pixels, self.side) for pixels in fine])
+        return inputs
+
+    @property
+    def lead_tokens(self) -> int:
+        """The class token, if the model keeps it (`vision_feature_select_strategy="full"`)."""
+        if getattr(self.model.config, "vision_feature_select_strategy", "default") == "default":
+            return 0
+        return int(getattr(self.processor, "num_additional_image_tokens", 0))
+
+    def _official(self) -> bool:
+        """Whether the model's config asks for the official code's lattice and coarse view."""
+        config = self.flex_config
+        if config is None or config.regions != "official":
+            return False
+        if self.aspect != "pad" or self.region_size is not None:
+            raise ValueError(
+                "regions='official' in the model's FlexConfig is a 9x9 lattice over a padded square; it takes "
+                f"aspect='pad' and no region_size, got aspect={self.aspect!r} and region_size={self.region_size!r}"
+            )
+        return True
