@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class FlexConfig:
     fraction: float = 0.1
     top_p: float = 0.5
     seed: int = 0
-    selector_options: Mapping[str, Any] = field(default_factory=dict)
+    selector_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     readout: str = "answer"
     positions: str = "auto"
     init: str = "copy"
@@ -78,6 +78,8 @@ class FlexConfig:
         if self.first_layer is not None:
             _number("first_layer", self.first_layer, 0, 10_000, integer=True)
         if self.layers is not None:
+            if not isinstance(self.layers, Iterable):
+                raise ValueError(f"layers must be a sequence of integers, got {self.layers!r}")
             layers = tuple(self.layers)
             for layer in layers:
                 _number("layers", layer, 0, 10_000, integer=True)

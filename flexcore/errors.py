@@ -21,3 +21,7 @@ class StreamError(FlexcoreError, ValueError):
 
 class WeightsMismatchError(FlexcoreError, ValueError):
     """Saved fine weights don't fit the model they are loaded into; the message names what differs."""
+
+
+class SourceError(FlexcoreError, RuntimeError):
+    """A fine source couldn't make a region's features; the message says which medium, where, and why."""

@@ -21,7 +21,7 @@ class _Pool:
 
     def __init__(self, key: Tensor, value: Tensor):
         self.tensors = [key.new_empty(0, *key.shape[1:]), value.new_empty(0, *value.shape[1:])]
-        self.page_bytes = key[0].nbytes + value[0].nbytes
+        self.page_bytes = sum(t.element_size() * t.shape[1:].numel() for t in self.tensors)
         self.free: list[int] = []
         self.shared = False
 
@@ -105,6 +105,9 @@ class FineCache:
         for key in [k for k in self._tables if sample is None or k[1] == sample]:
             table = self._tables.pop(key)
             table.pool.free += table.slot[table.slot >= 0].tolist()
+        # storage that nobody uses would hold on to the budget when pages of another shape come
+        in_use = {id(table.pool) for table in self._tables.values()}
+        self._pools = {kind: pool for kind, pool in self._pools.items() if id(pool) in in_use}
 
     def get(
         self, layer: int, sample: int, regions: Tensor, n_regions: int, project: Project

@@ -8,6 +8,7 @@ Flat indices are in raster order throughout (last axis fastest).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +20,21 @@ from torch import Tensor
 OFFICIAL_LATTICE = 9  # the official code pools every coarse map to 9x9, whatever its size
 
 
-def _ints(name: str, value: Sequence[int]) -> tuple[int, ...]:
+def _ints(name: str, value: Sequence[int], least: int = 1) -> tuple[int, ...]:
     try:
-        out = tuple(int(v) for v in value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a sequence of integers, one per axis, got {value!r}") from None
-    if not out or any(v <= 0 for v in out):
-        raise ValueError(f"{name} must hold a positive integer per axis, got {value!r}")
+        out = tuple(operator.index(v) for v in value)
+    except TypeError:
+        raise ValueError(f"{name} must be a sequence of integers, got {value!r}") from None
+    if not out or min(out) < least:
+        raise ValueError(f"{name} must hold integers >= {least}, got {value!r}")
     return out
+
+
+def _shares(padding: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    try:
+        return tuple((float(before), float(after)) for before, after in padding)
+    except (TypeError, ValueError):
+        raise ValueError(f"padding must be a pair of shares per axis, got {padding!r}") from None
 
 
 @dataclass(frozen=True)
@@ -54,9 +62,9 @@ class Grid:
     def __post_init__(self) -> None:
         object.__setattr__(self, "coarse", _ints("coarse", self.coarse))
         object.__setattr__(self, "fine", _ints("fine", self.fine))
-        object.__setattr__(self, "edges", tuple(tuple(int(e) for e in axis) for axis in self.edges))
-        padding = self.padding or tuple((0.0, 0.0) for _ in self.coarse)
-        object.__setattr__(self, "padding", tuple((float(a), float(b)) for a, b in padding))
+        rising = tuple(_ints(f"edges[{axis}]", e, least=0) for axis, e in enumerate(self.edges))
+        object.__setattr__(self, "edges", rising)
+        object.__setattr__(self, "padding", _shares(self.padding or [(0.0, 0.0)] * len(self.coarse)))
         if not len(self.coarse) == len(self.fine) == len(self.edges) == len(self.padding):
             raise ValueError(
                 "coarse, fine, edges and padding must have one entry per axis, got "
@@ -109,7 +117,7 @@ class Grid:
         for size, side, step in zip(fine, sides, tiles, strict=True):
             starts = [at for t in range(0, size, step) for at in range(t, min(t + step, size), side)]
             edges.append((*starts, size))
-        return cls(tuple(coarse), fine, tuple(edges), tuple(padding))
+        return cls(_ints("coarse", coarse), fine, tuple(edges), _shares(padding))
 
     @classmethod
     def official(cls, coarse: int, fine: int, size: tuple[int, int] | None = None) -> Grid:
@@ -123,11 +131,14 @@ class Grid:
         Semantics section 3, steps 2, 5 and 6. The region of fine row `a` is computed as torch's nearest upsampling
         does, in float32, because it differs from `floor(9 a / F)` for a handful of sizes.
         """
+        (coarse,), (fine,) = _ints("coarse", [coarse]), _ints("fine", [fine])
         scale = torch.tensor(float(OFFICIAL_LATTICE)) / torch.tensor(float(fine))
         owner = (torch.arange(fine, dtype=torch.float32) * scale).floor().clamp(max=OFFICIAL_LATTICE - 1)
         edges = torch.searchsorted(owner, torch.arange(OFFICIAL_LATTICE + 1, dtype=torch.float32))
         padding = [(0.0, 0.0), (0.0, 0.0)]
         if size is not None:
+            if len(_ints("size", size)) != 2:
+                raise ValueError(f"size must be (width, height), got {size!r}")
             width, height = size
             share = (abs(width - height) // 2) / max(width, height)
             padding[0 if width > height else 1] = (share, share)
@@ -183,7 +194,10 @@ class Grid:
 
     def check_regions(self, regions: Tensor) -> Tensor:
         """Return `regions` as an int64 vector on the CPU, or raise ValueError if one is not in the grid."""
-        regions = torch.as_tensor(regions).to("cpu", torch.long).reshape(-1)
+        regions = torch.as_tensor(regions)
+        if regions.numel() and (regions.dtype == torch.bool or regions.is_floating_point()):
+            raise ValueError(f"regions must be integer indices, got {regions.dtype}")
+        regions = regions.to("cpu", torch.long).reshape(-1)
         if regions.numel() and (int(regions.min()) < 0 or int(regions.max()) >= self.n_regions):
             raise ValueError(
                 f"regions must lie in [0, {self.n_regions}), got {int(regions.min())}..{int(regions.max())}"
@@ -234,17 +248,20 @@ class Grid:
         """
         out = []
         for fine, coarse in zip(reversed(self.fine), reversed(self.coarse), strict=True):
-            out.append(((tokens % fine).float() + 0.5) * (coarse / fine) - 0.5)
+            # exact up to the last rounding: in float32 a long axis would lose whole cells
+            out.append((((2 * (tokens % fine) + 1) * coarse).double() / (2 * fine) - 0.5).float())
             tokens = tokens // fine
         return torch.stack(out[::-1], dim=-1)
 
     def parents(self, tokens: Tensor) -> Tensor:
-        """Flat index of the coarse cell that holds the centre of each fine token, same shape as `tokens`."""
-        coordinates = self.coordinates(tokens)
-        flat = torch.zeros_like(tokens)
-        for axis, size in enumerate(self.coarse):
-            cell = (coordinates[..., axis] + 0.5).floor().long().clamp(0, size - 1)
-            flat = flat * size + cell
+        """Flat index of the coarse cell that holds the centre of each fine token, same shape as `tokens`.
+
+        A centre on the edge between two cells belongs to the later one.
+        """
+        flat, stride = torch.zeros_like(tokens), 1
+        for fine, coarse in zip(reversed(self.fine), reversed(self.coarse), strict=True):
+            flat = flat + (2 * (tokens % fine) + 1) * coarse // (2 * fine) * stride
+            tokens, stride = tokens // fine, stride * coarse
         return flat
 
     # ------------------------------------------------------------------ incidence
@@ -277,7 +294,8 @@ class Grid:
         lead = cells.shape[:-1]
         x = cells.reshape(-1, *self.coarse)
         for axis, window in enumerate(self._windows):
-            window = window.to(cells.device)
+            # a copy: a cache first filled in inference mode holds what autograd refuses
+            window = window.to(cells.device, copy=True)
             x = x.index_select(axis + 1, window.reshape(-1)).unflatten(axis + 1, window.shape)
             x = x.any(axis + 2) if cells.dtype == torch.bool else x.amax(axis + 2)
         return x.reshape(*lead, self.n_regions)
@@ -286,9 +304,11 @@ class Grid:
 
     def _content(self, sizes: tuple[int, ...]) -> Tensor:
         inside = torch.ones(1, dtype=torch.bool)
+        # the official code truncates the float; elsewhere 15 / 44 * 44 = 14.999... must count as 15
+        slack = 0.0 if self.lattice is not None else 1e-9
         for size, (before, after) in zip(sizes, self.padding, strict=True):
             at = torch.arange(size)
-            axis = (at >= int(before * size)) & (at < size - int(after * size))
+            axis = (at >= int(before * size + slack)) & (at < size - int(after * size + slack))
             inside = (inside[:, None] & axis[None]).reshape(-1)
         return inside
 

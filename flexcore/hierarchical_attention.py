@@ -74,8 +74,9 @@ def merge(
 
     A row whose fine part is empty (`fine_lse` = -inf) comes out bit-identical to `plain`.
     """
-    # a finite floor: logaddexp(-inf, -inf) would put NaN into gradients
-    fine_lse = fine_lse.clamp(min=torch.finfo(fine_lse.dtype).min)
+    # a finite floor: logaddexp(-inf, -inf) would put NaN into gradients, and a row that sees nothing must keep `plain`
+    floor = torch.finfo(fine_lse.dtype).min
+    plain_lse, fine_lse = plain_lse.clamp(min=floor), fine_lse.clamp(min=floor)
     joint = torch.logaddexp(plain_lse, fine_lse)
     out = plain * torch.exp(plain_lse - joint)[..., None] + fine * torch.exp(fine_lse - joint)[..., None]
     return plain + alpha * (out - plain) if isinstance(alpha, Tensor) or alpha != 1.0 else out

@@ -22,9 +22,11 @@ from .hookspecs import hookimpl
 SCORE_SCALE = 255  # the paper thresholds scores as 8-bit grey values
 
 
-@dataclass(frozen=True)
 class Selector(ABC):
-    """Base of all selectors: owns margins and eligibility, so that a new one is a `choose` of a few lines."""
+    """Base of all selectors: owns margins and eligibility, so that a new one is a `choose` of a few lines.
+
+    No dataclass itself: a plug-in's selector may be one, frozen or not, or have an `__init__` of its own.
+    """
 
     @classmethod
     def from_config(cls, config: FlexConfig) -> Selector:
@@ -125,8 +127,9 @@ class TopPSelector(Selector):
     def choose(self, scores: Tensor, grid: Grid, selectable: Tensor, keys: Tensor) -> Tensor:
         total = scores.sum(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         ranked, order = (scores / total).sort(dim=1, descending=True, stable=True)
-        # a cell is needed while those ranked before it hold less than p, so p > 0 always takes one
-        needed = (ranked.cumsum(dim=1) - ranked < self.p) & (ranked > 0)
+        # a cell is needed while those ranked before it hold less than p, so p > 0 always takes one; at p = 1 rounding
+        # in the sum would drop the small ones
+        needed = ((ranked.cumsum(dim=1) - ranked < self.p) | (self.p >= 1)) & (ranked > 0)
         return grid.pool(torch.zeros_like(needed).scatter(1, order, needed))
 
 

@@ -45,6 +45,10 @@ class FineSource(ABC):
             ValueError: A region is outside the grid.
         """
 
+    def readable(self, regions: Tensor) -> Tensor:
+        """`[n]` bool: False for regions that turned out to be unreadable and must not be attended to."""
+        return torch.ones(len(regions), dtype=torch.bool)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FineSource:
         """The same source with its features elsewhere; sources that hold no tensor return themselves."""
         return self
@@ -81,7 +85,7 @@ class TensorSource(FineSource):
         return out.masked_fill((tokens < 0)[..., None], 0)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TensorSource:
-        moved = self.tensor.to(device=device or self.device, dtype=dtype or self.dtype)
+        moved = self.tensor.to(device=self.device if device is None else device, dtype=dtype or self.dtype)
         return self if moved is self.tensor else TensorSource(moved, self.grid)
 
 
@@ -89,7 +93,8 @@ class OnDemandSource(FineSource):
     """Features encoded the first time their region is asked for, then kept.
 
     Args:
-        encode: Called with `[n]` region indices it hasn't been given before; returns `[n, P, C]`, zero-padded.
+        encode: Called with `[n]` region indices it hasn't been given before; returns `[n, P, C]`. What it leaves
+            in the rows past a region's end is zeroed here: `0 * NaN` would still reach the attention's output.
         grid: The lattice the regions belong to.
         width: C.
         dtype: Of what `encode` returns.
@@ -124,7 +129,9 @@ class OnDemandSource(FineSource):
                 raise ValueError(
                     f"encode must return {expected} for {len(missing)} regions, got {tuple(fresh.shape)}"
                 )
-            self._held.update(zip(missing, fresh, strict=True))
+            ends = self.lengths[missing].to(fresh.device)
+            past = torch.arange(fresh.shape[1], device=fresh.device) >= ends[:, None]
+            self._held.update(zip(missing, fresh.masked_fill(past[..., None], 0), strict=True))
             self.encoded += missing
         if not wanted:
             return torch.zeros(0, self.grid.region_tokens, self.width, dtype=self.dtype, device=self.device)

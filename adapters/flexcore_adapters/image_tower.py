@@ -40,7 +40,7 @@ def encode_tiles(
     Raises:
         StreamError: The encoder makes another number of features.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     tower = getattr(getattr(model, "model", model), "vision_tower", model)
     # Offloaded weights sit on the meta device between calls; their hooks move the inputs.
