@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import SourceError
+from .errors import FlexcoreError, SourceError
 from .grid import Grid
-from .sources import FineSource
+from .sources import FineSource, TensorSource
 
 Unit = tuple[int, int]  # (medium's key, raster index of the unit in that medium)
 ON_ERROR = ("raise", "skip")
@@ -134,6 +134,8 @@ class UnitEncoder:
         started = time.perf_counter()
         try:
             features = self.encode(units)
+        except FlexcoreError:
+            raise  # the set-up is wrong, not this unit
         except Exception as error:
             if len(units) > 1:  # one of them is to blame: find out which, and keep the others
                 return [pair for unit in units for pair in self._encode([unit], name)]
@@ -229,6 +231,14 @@ class TiledSource(FineSource):
         """A tile's name for an error: medium, tile and the regions' place in the medium's own terms."""
         place = f", {self.where(unit)}" if self.where is not None else ""
         return f"{self.name}, tile {unit} of {self.n_tiles}{place}"
+
+    def __reduce__(self) -> tuple[type, tuple[Tensor, Grid]]:
+        # another process gets the features, not the model that makes them
+        everything = torch.arange(self.grid.n_regions)
+        tokens = self.grid.tokens(everything)
+        flat = torch.zeros(self.grid.n_fine, self.width, dtype=self.dtype, device=self.device)
+        flat[tokens[tokens >= 0].to(self.device)] = self.features(everything)[tokens >= 0]
+        return TensorSource, (flat, self.grid)
 
     def features(self, regions: Tensor) -> Tensor:
         return gather([(self, regions)])[0]

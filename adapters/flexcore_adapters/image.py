@@ -11,9 +11,10 @@ from torch import Tensor
 from flexcore.hf.processing import Adapter
 from flexcore.hookspecs import Register, hookimpl
 from flexcore.sources import FineSource, TensorSource
+from flexcore.tiled_source import TiledSource, UnitEncoder
 
 from .image_io import check_size, default_max_pixels, load_image
-from .image_tower import encode_tiles, native_size, normalise
+from .image_tower import encode_tiles, native_size, normalise, tower_device, vision_tower
 from .image_views import ImageView, mean_colour, native_view, padded_view, resample_filter
 from .tiling import downscale, paste_tiles
 
@@ -55,6 +56,8 @@ class ImageAdapter(Adapter):
         max_pixels: The largest picture accepted; None takes `PIL.Image.MAX_IMAGE_PIXELS`.
         micro_batch: Tiles per call of the vision tower.
         progress: Show a bar while encoding; None shows one on a terminal when there are many tiles.
+        lazy: Encode a tile when one of its regions is first chosen; False encodes all of them in the call.
+        tile_cache_bytes: Budget of the encoded tiles that a call's pictures keep; None is unlimited.
 
     Raises:
         ValueError: An option is out of range.
@@ -72,6 +75,8 @@ class ImageAdapter(Adapter):
         max_pixels: int | None = None,
         micro_batch: int = 8,
         progress: bool | None = None,
+        lazy: bool = True,
+        tile_cache_bytes: int | None = None,
         **unknown: Any,
     ):
         super().__init__(model, processor, **unknown)
@@ -95,7 +100,11 @@ class ImageAdapter(Adapter):
         self.region_size = region_size
         self.max_pixels = max_pixels
         self.micro_batch = micro_batch
+        if not isinstance(lazy, bool):
+            raise ValueError(f"lazy must be a bool, got {lazy!r}")
         self.progress = progress
+        self.lazy = lazy
+        self.tile_cache_bytes = tile_cache_bytes
         self.side, self.cells = native_size(model, processor)
 
     # Spelt out for its signature; the work is the base's.
@@ -135,10 +144,25 @@ class ImageAdapter(Adapter):
         return [padded_view(p, self.side, self.cells, self.zoom, layout, colour, resample) for p in pictures]
 
     def sources(self, views: Sequence[ImageView]) -> list[FineSource]:
-        """Encode all tiles of all pictures now."""
+        """Tiles that are encoded when one of their regions is first chosen, or all of them now (`lazy=False`)."""
+        if not self.lazy:
+            return [
+                TensorSource(paste_tiles(maps, view.rows, view.cols)[0], view.grid)
+                for view, maps in zip(views, self.encode(views), strict=True)
+            ]
+
+        def encode(units: Sequence[tuple[int, int]]) -> Tensor:
+            return self.encode_tiles(torch.cat([views[k].tiles(torch.tensor([tile])) for k, tile in units]))
+
+        tower = vision_tower(self.model)
+        width = self.model.config.get_text_config().hidden_size
+        # one encoder for all pictures of the call, so that a layer's tiles share micro-batches
+        encoder = UnitEncoder(
+            encode, width, tower.dtype, tower_device(tower), self.micro_batch, self.tile_cache_bytes
+        )
         return [
-            TensorSource(paste_tiles(maps, view.rows, view.cols)[0], view.grid)
-            for view, maps in zip(views, self.encode(views), strict=True)
+            TiledSource(view.grid, (self.cells, self.cells), encoder, i, f"image {i}", view.describe)
+            for i, view in enumerate(views)
         ]
 
     def encode(self, views: Sequence[ImageView], regions: Sequence[Tensor] | None = None) -> list[Tensor]:
@@ -155,16 +179,20 @@ class ImageAdapter(Adapter):
             view.tiles(None if regions is None else view.tiles_of(regions[i])) for i, view in enumerate(views)
         ]
         # One run over all pictures, so that the last batch of each isn't a small one.
-        maps = encode_tiles(
+        maps = self.encode_tiles(torch.cat(wanted))
+        return list(maps.split([len(tiles) for tiles in wanted]))
+
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
+        """`[k, cells * cells, C]` features of `[k, 3, side, side]` uint8 tiles, each encoded on its own."""
+        return encode_tiles(
             self.model,
             self.processor.image_processor,
-            torch.cat(wanted),
+            tiles,
             self.cells,
             self.lead_tokens,
             self.micro_batch,
             self.progress,
         )
-        return list(maps.split([len(tiles) for tiles in wanted]))
 
     def process(self, texts: list[str], views: Sequence[ImageView], **kwargs: Any) -> BatchFeature:
         """Run the processor with its resize and crop off: the coarse views have their size already."""

@@ -42,9 +42,8 @@ def encode_tiles(
     """
     from tqdm.auto import tqdm
 
-    tower = getattr(getattr(model, "model", model), "vision_tower", model)
-    # Offloaded weights sit on the meta device between calls; their hooks move the inputs.
-    device = torch.device("cpu") if tower.device.type == "meta" else tower.device
+    tower = vision_tower(model)
+    device = tower_device(tower)
     out: list[Tensor] = []
     hidden = not progress if progress is not None else None if len(tiles) >= _MANY_TILES else True
     with tqdm(total=len(tiles), desc="encoding tiles", unit="tile", disable=hidden) as bar:
@@ -62,6 +61,17 @@ def encode_tiles(
             out.append(maps[:, lead:])
             bar.update(len(chunk))
     return torch.cat(out)
+
+
+def vision_tower(model: Any) -> Any:
+    """The model's vision tower; the model itself where it has none of that name."""
+    return getattr(getattr(model, "model", model), "vision_tower", model)
+
+
+def tower_device(tower: Any) -> torch.device:
+    """Where the tower takes its inputs."""
+    # Offloaded weights sit on the meta device between calls; their hooks move the inputs.
+    return torch.device("cpu") if tower.device.type == "meta" else tower.device
 
 
 def normalise(image_processor: Any, pixels: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ class ImageView(View):
         tiles = cut_tiles(self.pixels[None], self.rows, self.cols)
         return tiles if indices is None else tiles[indices]
 
+    def describe(self, tile: int) -> str:
+        """Where a tile lies, for messages."""
+        return (
+            f"row {tile // self.cols + 1} and column {tile % self.cols + 1} of {self.rows}x{self.cols} tiles"
+        )
+
     def tiles_of(self, regions: Tensor) -> Tensor:
         """`[k]` ascending indices of the tiles that hold any fine token of the given `[n]` regions."""
         tokens = self.grid.tokens(regions)

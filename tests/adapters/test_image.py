@@ -1,3 +1,4 @@
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from flexcore import FlexConfig
 from flexcore.errors import StreamError, UnsupportedModelError
 from flexcore.grid import Grid
 from flexcore.hf.tiny import tiny_llama, tiny_llava
+from flexcore.sources import FineSource, TensorSource
+from flexcore.tiled_source import TiledSource, gather
 from flexcore_adapters.image import ImageAdapter
 from flexcore_adapters.image_views import fit_square, margins, tile_layout
 from flexcore_adapters.tiling import downscale
@@ -53,6 +56,17 @@ def encoded(llava: tuple[Any, Any], view: Image.Image, rows: int, cols: int) -> 
     return out.flatten(0, 1)
 
 
+def features_of(source: FineSource) -> torch.Tensor:
+    """All of a source's features in raster order, asked for region by region."""
+    grid = source.grid
+    tokens = grid.tokens(torch.arange(grid.n_regions))
+    out = torch.full((grid.n_fine, source.width), float("nan"), dtype=source.dtype)
+    for region in torch.randperm(grid.n_regions).split(7):
+        found = source.features(region)
+        out[tokens[region][tokens[region] >= 0]] = found[tokens[region] >= 0]
+    return out
+
+
 class Wrapped:
     """A model as `wrap` leaves it, as far as an adapter can see."""
 
@@ -80,7 +94,7 @@ def test_padded_views_and_features(
     square = padded(image)
     view = square.resize((zoom * SIDE, zoom * SIDE), Image.Resampling.BICUBIC)
     # Alone or in a batch of tiles: the same up to the order of sums.
-    assert torch.allclose(stream.source.tensor, encoded(llava, view, zoom, zoom), atol=1e-5)
+    assert torch.allclose(features_of(stream.source), encoded(llava, view, zoom, zoom), atol=1e-5)
     # The coarse view is to the last bit what the plain processor makes of the square.
     plain = processor(text=PROMPT, images=square, return_tensors="pt")
     assert torch.equal(inputs["pixel_values"], plain["pixel_values"])
@@ -95,7 +109,7 @@ def test_features_at_zoom_one_are_the_coarse_ones(llava: tuple[Any, Any], coffee
     ((stream,),) = inputs["flex_streams"].samples
     with torch.no_grad():
         features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output[0]
-    assert torch.allclose(stream.source.tensor, features, atol=1e-5)
+    assert torch.allclose(features_of(stream.source), features, atol=1e-5)
 
 
 @pytest.mark.parametrize("resample", list(Image.Resampling), ids=lambda r: r.name)
@@ -149,7 +163,7 @@ def test_native_aspect_shows_all_of_the_picture_on_every_tile(
     assert coffee.size == (600, 400)
     rows, cols = 2, 3
     view = coffee.resize((cols * SIDE, rows * SIDE), Image.Resampling.BICUBIC)
-    assert torch.allclose(stream.source.tensor, encoded(llava, view, rows, cols), atol=1e-5)
+    assert torch.allclose(features_of(stream.source), encoded(llava, view, rows, cols), atol=1e-5)
     coarse = coffee.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     assert torch.equal(
         inputs["pixel_values"], processor.image_processor(coarse, return_tensors="pt")["pixel_values"]
@@ -193,7 +207,7 @@ def test_official_regions_follow_the_official_pipeline(llava: tuple[Any, Any], c
     settings = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
     fine = processor.image_processor(view, **settings)["pixel_values"]
     assert torch.equal(inputs["pixel_values"], downscale(fine, SIDE))
-    assert torch.allclose(stream.source.tensor, encoded(llava, view, 3, 3), atol=1e-5)
+    assert torch.allclose(features_of(stream.source), encoded(llava, view, 3, 3), atol=1e-5)
     # Negative control: the default coarse view is another.
     default = ImageAdapter(model, processor)(PROMPT, images=coffee)["pixel_values"]
     assert (inputs["pixel_values"] - default).abs().max() > 1e-2
@@ -230,11 +244,11 @@ def test_micro_batches_do_not_change_the_features(
         sizes.append(len(pixel_values))
         return original(pixel_values=pixel_values)
 
-    expected = ImageAdapter(model, processor).streams([coffee, coffee.resize((50, 70))])
+    expected = ImageAdapter(model, processor, lazy=False).streams([coffee, coffee.resize((50, 70))])
     monkeypatch.setattr(model, "get_image_features", spy)
-    adapter = ImageAdapter(model, processor, micro_batch=micro_batch)
+    adapter = ImageAdapter(model, processor, micro_batch=micro_batch, lazy=False)
     for stream, other in zip(adapter.streams([coffee, coffee.resize((50, 70))]), expected, strict=True):
-        assert torch.allclose(stream.source.tensor, other.source.tensor, atol=1e-5)
+        assert torch.allclose(features_of(stream.source), features_of(other.source), atol=1e-5)
     # Batches run across pictures: only the last one may be smaller.
     assert sizes == [micro_batch] * (18 // micro_batch) + [18 % micro_batch] * (18 % micro_batch > 0)
 
@@ -263,7 +277,7 @@ def test_features_take_the_towers_dtype_and_no_gradient(coffee: Image.Image) -> 
     model, processor = tiny_llava()
     (stream,) = ImageAdapter(model.bfloat16(), processor).streams(coffee)
     assert stream.source.dtype == torch.bfloat16
-    assert not stream.source.tensor.requires_grad
+    assert not features_of(stream.source).requires_grad
 
 
 # ---------------------------------------------------------------------- batches
@@ -299,7 +313,7 @@ def test_text_only_one_and_two_images_in_a_batch(
             inputs["flex_streams"].samples[i], alone["flex_streams"].samples[0], strict=True
         ):
             assert torch.equal(stream.coarse_positions, single.coarse_positions + offset)
-            assert torch.allclose(stream.source.tensor, single.source.tensor, atol=1e-5)
+            assert torch.allclose(features_of(stream.source), features_of(single.source), atol=1e-5)
 
 
 def test_flat_and_nested_images_deal_the_same(llava: tuple[Any, Any], coffee: Image.Image) -> None:
@@ -334,15 +348,15 @@ def test_processor_options_pass_through(llava: tuple[Any, Any], coffee: Image.Im
 
 def test_a_class_token_in_the_sequence_is_stepped_over(coffee: Image.Image) -> None:
     model, processor = tiny_llava()
-    reference = ImageAdapter(model, processor).streams(coffee)[0]
+    reference = ImageAdapter(model, processor, lazy=False).streams(coffee)[0]
     model.config.vision_feature_select_strategy = processor.vision_feature_select_strategy = "full"
-    adapter = ImageAdapter(model, processor)
+    adapter = ImageAdapter(model, processor, lazy=False)
     inputs = adapter("a<image>b<image>", images=[coffee, coffee])
     found = torch.nonzero(inputs["input_ids"][0] == model.config.image_token_id).squeeze(1)
     assert len(found) == 2 * (CELLS * CELLS + 1)
     for i, stream in enumerate(inputs["flex_streams"].samples[0]):
         assert torch.equal(stream.coarse_positions, found.reshape(2, -1)[i, 1:])
-        assert torch.allclose(stream.source.tensor, reference.source.tensor, atol=1e-5)
+        assert torch.allclose(features_of(stream.source), features_of(reference.source), atol=1e-5)
     model(**{k: v for k, v in inputs.items() if k != "flex_streams"})
     # Only one of the two changed: the map would be off by one.
     model.config.vision_feature_select_strategy = "default"
@@ -497,8 +511,46 @@ def test_importing_the_plugin_is_cheap() -> None:
 def test_progress_bar(
     llava: tuple[Any, Any], coffee: Image.Image, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ImageAdapter(*llava, progress=True).streams(coffee)
+    ImageAdapter(*llava, progress=True, lazy=False).streams(coffee)
     assert "encoding tiles: 100%" in capsys.readouterr().err
     for progress in (None, False):
-        ImageAdapter(*llava, progress=progress).streams(coffee)
+        ImageAdapter(*llava, progress=progress, lazy=False).streams(coffee)
         assert capsys.readouterr().err == ""
+
+
+def test_tiles_on_demand_equal_tiles_up_front(llava: tuple[Any, Any], coffee: Image.Image) -> None:
+    (late,), (early,) = (ImageAdapter(*llava, lazy=lazy).streams(coffee) for lazy in (True, False))
+    assert isinstance(late.source, TiledSource) and isinstance(early.source, TensorSource)
+    assert late.grid == early.grid and late.source.width == early.source.width
+    assert torch.allclose(features_of(late.source), features_of(early.source), rtol=1e-5, atol=1e-6)
+
+
+def test_only_tiles_with_chosen_regions_are_encoded(llava: tuple[Any, Any], coffee: Image.Image) -> None:
+    model, processor = llava
+    batches = []
+    hook = model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(args[0] if args else kwargs["pixel_values"])),
+        with_kwargs=True,
+    )
+    try:
+        adapter = ImageAdapter(model, processor, zoom=4, micro_batch=3)
+        inputs = adapter(text=[PROMPT] * 2, images=[coffee, coffee.rotate(90)])
+        assert batches == []
+        one, two = (sample[0].source for sample in inputs["flex_streams"].samples)
+        one.features(torch.tensor([5, 6]))  # at 6 tokens a tile, a region of 8 is a tile
+        assert batches == [2] and one.stats.units == 2
+        gather([(one, torch.tensor([5, 7])), (two, torch.tensor([8, 9, 10]))])
+        assert batches == [2, 3, 1] and one.stats is two.stats and one.stats.hits == 1
+    finally:
+        hook.remove()
+
+
+def test_streams_that_go_to_another_process_carry_their_features(
+    llava: tuple[Any, Any], coffee: Image.Image
+) -> None:
+    inputs = ImageAdapter(*llava)(text=PROMPT, images=coffee)
+    (stream,) = inputs["flex_streams"].samples[0]
+    (again,) = pickle.loads(pickle.dumps(inputs["flex_streams"])).samples[0]
+    assert isinstance(again.source, TensorSource)
+    assert torch.equal(features_of(again.source), features_of(stream.source))
+    assert torch.equal(again.coarse_positions, stream.coarse_positions)
