@@ -47,6 +47,10 @@ class FlexConfig:
             (`fractional`), the official interpolation of rotary tables (`official`), or `auto`.
         init: Fine projections start as copies of the layer's own K/V weights (`copy`) or at random (`random`).
         fine_norm: Pass fine features through the layer's input norm before projecting them.
+        share_kv_projections: Project fine tokens with the layer's own K/V weights and add none: for use without
+            training. It can't learn to treat fine tokens differently from coarse ones (training it trains the
+            model's own projections), and those weights expect normed inputs, so combine it with `fine_norm=True`.
+            `init` has no meaning then.
         regions: How adapters lay out regions: `blocks`, or the `official` 9x9 lattice.
         region_size: Side of a block, in fine tokens.
         fine_cache_bytes: Budget of one request's projected fine keys and values; None is unlimited.
@@ -69,6 +73,7 @@ class FlexConfig:
     positions: str = "auto"
     init: str = "copy"
     fine_norm: bool = False
+    share_kv_projections: bool = False
     regions: str = "blocks"
     region_size: int = 8
     fine_cache_bytes: int | None = 4 << 30
@@ -102,8 +107,9 @@ class FlexConfig:
         if self.fine_cache_bytes is not None:
             _number("fine_cache_bytes", self.fine_cache_bytes, 0, 1 << 62, integer=True)
         _number("alpha_warmup", self.alpha_warmup, 0, 1e9)
-        if not isinstance(self.fine_norm, bool):
-            raise ValueError(f"fine_norm must be a bool, got {self.fine_norm!r}")
+        for name in ("fine_norm", "share_kv_projections"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not isinstance(self.selector_options, Mapping):
             raise ValueError(f"selector_options must be a mapping, got {self.selector_options!r}")
         object.__setattr__(self, "selector_options", dict(self.selector_options))

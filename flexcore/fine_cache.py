@@ -72,9 +72,10 @@ class _Table:
         self.used = torch.empty(0, dtype=torch.long)
 
     def widen(self, n_regions: int) -> None:
-        more = torch.full((n_regions - len(self.slot),), -1, dtype=torch.long)
-        self.slot = torch.cat([self.slot, more])
-        self.used = torch.cat([self.used, more])
+        with torch.inference_mode(False):  # as for the pages: written to in any mode later
+            more = torch.full((n_regions - len(self.slot),), -1, dtype=torch.long)
+            self.slot = torch.cat([self.slot, more])
+            self.used = torch.cat([self.used, more])
 
 
 class FineCache:
@@ -204,7 +205,8 @@ class FineCache:
             other._pools[kind] = twins[id(pool)] = twin
         for at, table in self._tables.items():
             copied = _Table(twins[id(table.pool)])
-            copied.slot, copied.used = table.slot.clone(), table.used.clone()
+            with torch.inference_mode(False):
+                copied.slot, copied.used = table.slot.clone(), table.used.clone()
             other._tables[at] = copied
         memo[id(self)] = other
         return other

@@ -105,7 +105,8 @@ def hierarchical_attention(
         key: `[B, Hkv, S, D]`; not needed when `lse` is given.
         value: `[B, Hkv, S, Dv]`; not needed when `plain` is given.
         fine_key: `[B, Hkv, N, D]`.
-        fine_value: `[B, Hkv, N, Dv]`.
+        fine_value: `[B, Hkv, N, Dv]`; like `fine_key` finite even where no row looks, for `0 * NaN` is NaN. Sources
+            zero a region's padding for this reason.
         mask: What each row sees of the ordinary keys; None sees all.
         fine_mask: What each row sees of the fine keys.
         scaling: Factor on the logits.

@@ -88,7 +88,7 @@ class ThresholdSelector(Selector):
 
 
 def _count(k: int | None, fraction: float, grid: Grid) -> int:
-    # the tiny slack keeps 0.1 * 30 = 3.0000000000000004 from counting as four
+    # the tiny slack keeps 0.07 * 100 = 7.000000000000001 from counting as eight
     return min(grid.n_regions, math.ceil(fraction * grid.n_regions - 1e-9) if k is None else k)
 
 
