@@ -24,10 +24,12 @@ from flexcore.trace import Trace, trace
 
 if TYPE_CHECKING:
     from flexcore.hf.checkpoint import load_adapter_weights, save_adapter_weights
+    from flexcore.hf.pretrained import from_pretrained
     from flexcore.hf.wrap import attached, is_wrapped, unwrap, wrap
 
 _LAZY = {
     "attached": "flexcore.hf.wrap",
+    "from_pretrained": "flexcore.hf.pretrained",
     "is_wrapped": "flexcore.hf.wrap",
     "load_adapter_weights": "flexcore.hf.checkpoint",
     "save_adapter_weights": "flexcore.hf.checkpoint",
@@ -51,6 +53,7 @@ __all__ = [
     "WrapStateError",
     "__version__",
     "attached",
+    "from_pretrained",
     "hookimpl",
     "is_wrapped",
     "load_adapter",

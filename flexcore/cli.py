@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0.
+        The exit status: 0, or 1 if `doctor` finds something that doesn't work.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -40,6 +40,14 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print a JSON list of name, distribution and error"
     )
     adapters.set_defaults(run=_adapters)
+
+    doctor = commands.add_parser("doctor", help="check this environment and say what to do")
+    doctor.add_argument(
+        "--json",
+        action="store_true",
+        help="print a JSON list of name, status (ok, warn, fail), found and advice",
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -56,6 +64,14 @@ def _adapters(arguments: argparse.Namespace) -> int:
         if row["error"]:
             print(f"{'':<{width}}  FAILED: {row['error']}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor
+
+    checks = doctor.diagnose()
+    print(json.dumps(checks, indent=2) if arguments.json else doctor.render(checks))
+    return int(doctor.failed(checks))
 
 
 def adapter_rows() -> list[dict[str, str | None]]:

@@ -53,6 +53,8 @@ class FlexConfig:
             `init` has no meaning then.
         regions: How adapters lay out regions: `blocks`, or the `official` 9x9 lattice.
         region_size: Side of a block, in fine tokens.
+        static: Project every region after the prompt and let decode steps select by mask, in fixed shapes and without
+            syncs, for `torch.compile`; `fine_cache_bytes` has no meaning then.
         fine_cache_bytes: Budget of one request's projected fine keys and values; None is unlimited.
         alpha_warmup: `alpha = min(1, epoch * alpha_warmup)` in training (semantics section 6).
 
@@ -76,6 +78,7 @@ class FlexConfig:
     share_kv_projections: bool = False
     regions: str = "blocks"
     region_size: int = 8
+    static: bool = False
     fine_cache_bytes: int | None = 4 << 30
     alpha_warmup: float = 10.0
 
@@ -107,7 +110,7 @@ class FlexConfig:
         if self.fine_cache_bytes is not None:
             _number("fine_cache_bytes", self.fine_cache_bytes, 0, 1 << 62, integer=True)
         _number("alpha_warmup", self.alpha_warmup, 0, 1e9)
-        for name in ("fine_norm", "share_kv_projections"):
+        for name in ("fine_norm", "share_kv_projections", "static"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
         if not isinstance(self.selector_options, Mapping):

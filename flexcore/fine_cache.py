@@ -94,17 +94,20 @@ class FineCache:
         self.hits = 0
         self._pools: dict[tuple[Any, ...], _Pool] = {}
         self._tables: dict[tuple[int, int], _Table] = {}
+        self._joined: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self._clock = 0
 
     @property
     def bytes(self) -> int:
-        """Bytes allocated for pages."""
-        return sum(pool.capacity * pool.page_bytes for pool in self._pools.values())
+        """Bytes allocated for pages, and for joined ones that are held."""
+        pages = sum(pool.capacity * pool.page_bytes for pool in self._pools.values())
+        return pages + sum(key.nbytes + value.nbytes for _, key, value in self._joined.values())
 
     def clear(self, sample: int | None = None) -> None:
         """Forget every page, or those of one sample."""
         for key in [k for k in self._tables if sample is None or k[1] == sample]:
             table = self._tables.pop(key)
+            self._joined.pop(key, None)
             table.pool.free += table.slot[table.slot >= 0].tolist()
         # storage that nobody uses would hold on to the budget when pages of another shape come
         in_use = {id(table.pool) for table in self._tables.values()}
@@ -149,6 +152,47 @@ class FineCache:
         key, value = (
             torch.cat([a, b]).index_select(0, order.to(b.device)) for a, b in zip(old, fresh, strict=True)
         )
+        return key, value
+
+    def missing(self, layer: int, sample: int, regions: Tensor) -> Tensor:
+        """Those of the given regions (`[n]`, on the CPU) that `get` would have to project."""
+        table = self._tables.get((layer, sample))
+        if table is None:
+            return regions
+        known = regions < len(table.slot)
+        held = torch.zeros_like(known)
+        held[known] = table.slot[regions[known]] >= 0
+        return regions[~held]
+
+    def joined(
+        self, layer: int, sample: int, regions: Tensor, n_regions: int, project: Project, hold: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """As `get`, laid out for attention: `[Hkv, n * P, D]` and `[Hkv, n * P, Dv]`.
+
+        Args:
+            layer: Decoder layer.
+            sample: Sample in the request.
+            regions: `[n]` as in `get`.
+            n_regions: As in `get`.
+            project: As in `get`.
+            hold: Keep the result for the next call, if the budget allows: in decoding, a layer that asks for the
+                regions of the step before gets them without a copy.
+        """
+        at = (layer, sample)
+        last = self._joined.get(at)
+        if last is not None and torch.equal(last[0], regions):
+            self._clock += 1
+            table = self._tables.get(at)
+            if table is not None:
+                table.used[regions] = self._clock
+            self.hits += len(regions)
+            return last[1], last[2]
+        self._joined.pop(at, None)
+        key, value = (
+            t.flatten(0, 1).transpose(0, 1).contiguous() for t in self.get(*at, regions, n_regions, project)
+        )
+        if hold and (self.max_bytes is None or self.bytes + key.nbytes + value.nbytes <= self.max_bytes):
+            self._joined[at] = (regions, key, value)
         return key, value
 
     def _project(self, layer: int, sample: int, regions: Tensor, project: Project) -> tuple[Tensor, Tensor]:
@@ -208,5 +252,6 @@ class FineCache:
             with torch.inference_mode(False):
                 copied.slot, copied.used = table.slot.clone(), table.used.clone()
             other._tables[at] = copied
+        other._joined = dict(self._joined)
         memo[id(self)] = other
         return other

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 OFFICIAL_LATTICE = 9  # the official code pools every coarse map to 9x9, whatever its size
+
+
+def _kept(method: Callable[[Any], T]) -> cached_property[T]:
+    """A cached property that holds ordinary tensors, whatever mode it is first asked for in.
+
+    A tensor made under inference_mode would be refused by autograd in a later call.
+    """
+    return cached_property(torch.inference_mode(False)(method))
 
 
 def _ints(name: str, value: Sequence[int], least: int = 1) -> tuple[int, ...]:
@@ -168,7 +178,7 @@ class Grid:
         """Regions in all."""
         return math.prod(self.region_shape)
 
-    @cached_property
+    @_kept
     def _extents(self) -> tuple[Tensor, ...]:
         """Per axis `[regions, 2]`: first fine token of each region and its length."""
         out = []
@@ -177,7 +187,7 @@ class Grid:
             out.append(torch.stack([e[:-1], e[1:] - e[:-1]], dim=1))
         return tuple(out)
 
-    @cached_property
+    @_kept
     def region_lengths(self) -> Tensor:
         """Fine tokens per region, `[n_regions]`."""
         lengths = torch.ones(1, dtype=torch.long)
@@ -266,7 +276,7 @@ class Grid:
 
     # ------------------------------------------------------------------ incidence
 
-    @cached_property
+    @_kept
     def _windows(self) -> tuple[Tensor, ...]:
         """Per axis `[regions, m]`: the cells each region touches, the last one repeated as padding."""
         out = []
@@ -294,8 +304,7 @@ class Grid:
         lead = cells.shape[:-1]
         x = cells.reshape(-1, *self.coarse)
         for axis, window in enumerate(self._windows):
-            # a copy: a cache first filled in inference mode holds what autograd refuses
-            window = window.to(cells.device, copy=True)
+            window = window.to(cells.device)
             x = x.index_select(axis + 1, window.reshape(-1)).unflatten(axis + 1, window.shape)
             x = x.any(axis + 2) if cells.dtype == torch.bool else x.amax(axis + 2)
         return x.reshape(*lead, self.n_regions)
@@ -312,12 +321,21 @@ class Grid:
             inside = (inside[:, None] & axis[None]).reshape(-1)
         return inside
 
-    @cached_property
+    @property
+    def has_margin(self) -> bool:
+        """Whether any coarse cell is wholly padding."""
+        return any(
+            int(share * size + 1e-9)
+            for size, pair in zip(self.coarse, self.padding, strict=True)
+            for share in pair
+        )
+
+    @_kept
     def coarse_valid(self) -> Tensor:
         """`[n_coarse]` bool: cells that are not wholly padding."""
         return self._content(self.coarse)
 
-    @cached_property
+    @_kept
     def fine_valid(self) -> Tensor:
         """`[n_fine]` bool: fine tokens that are not wholly padding (the official code keeps them all)."""
         if self.lattice is not None:

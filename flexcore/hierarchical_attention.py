@@ -90,7 +90,7 @@ def hierarchical_attention(
     fine_value: Tensor,
     *,
     mask: RowMask | None = None,
-    fine_mask: RowMask,
+    fine_mask: RowMask | None,
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -108,7 +108,7 @@ def hierarchical_attention(
         fine_value: `[B, Hkv, N, Dv]`; like `fine_key` finite even where no row looks, for `0 * NaN` is NaN. Sources
             zero a region's padding for this reason.
         mask: What each row sees of the ordinary keys; None sees all.
-        fine_mask: What each row sees of the fine keys.
+        fine_mask: What each row sees of the fine keys; None sees all.
         scaling: Factor on the logits.
         softcap: See `row_attention`.
         sinks: `[Hq]` attention sinks.

@@ -34,6 +34,16 @@ class CausalRows:
         return (self.keys <= self.last[:, start:stop, None])[:, None]
 
 
+class SharedMask:
+    """One mask `[B|1, H|1, 1, N]` for every row: a decode step's own."""
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        return self.mask
+
+
 class GatheredRows:
     """Rows `rows[b, r]` of an existing `[B|1, H|1, Q, N]` mask."""
 
@@ -105,15 +115,15 @@ def _forward(
         s, _ = _logits(q, k, mask, start, stop, scaling, softcap)
         lse = torch.logsumexp(s, dim=-1)
         lses.append(lse)
-        finite = lse.masked_fill(
-            lse == float("-inf"), 0.0
-        )  # a row that sees nothing: exp(-inf - 0) = 0, not NaN
+        finite = lse
+        if mask is not None:  # a row that sees nothing: exp(-inf - 0) = 0, not NaN
+            finite = lse.masked_fill(lse == float("-inf"), 0.0)
         if cells is not None:
             total = finite if sinks is None else torch.logaddexp(finite, sinks.to(exact)[None, :, None])
             index = cells[:, None, None, :].expand(batch, heads, stop - start, -1)
             scores.append((s.gather(3, index) - total[..., None]).exp_().sum(dim=1))
         if v is not None:
-            p = (s - finite[..., None]).exp_()
+            p = s.sub_(finite[..., None]).exp_()
             p = p.view(batch, k.shape[1], groups * (stop - start), k.shape[2])
             outs.append(torch.matmul(p, v.to(exact)).view(batch, heads, stop - start, v.shape[3]))
     if not lses:
@@ -121,10 +131,14 @@ def _forward(
         out = None if v is None else q.new_zeros(batch, heads, 0, v.shape[3], dtype=exact)
         return out, empty, None if cells is None else empty.new_zeros(batch, 0, cells.shape[1])
     return (
-        torch.cat(outs, dim=2) if outs else None,
-        torch.cat(lses, dim=2),
-        torch.cat(scores, dim=1) if scores else None,
+        _join(outs, 2) if outs else None,
+        _join(lses, 2),
+        _join(scores, 1) if scores else None,
     )
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 class _RowAttention(torch.autograd.Function):

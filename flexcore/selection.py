@@ -65,6 +65,8 @@ class Selector(ABC):
     @staticmethod
     def margins(scores: Tensor, grid: Grid) -> Tensor:
         """Zero the cells that are wholly padding (semantics section 3, step 2)."""
+        if not grid.has_margin:
+            return scores
         return scores.masked_fill(~grid.coarse_valid.to(scores.device), 0.0)
 
 

@@ -24,6 +24,8 @@ class FineStream:
             text is known, see `at`.
         valid: `[n_fine]` bool, False for fine tokens that must never be read; None takes the grid's margins.
         source: The fine features, by region.
+        coarse_embeds: `[n_coarse, C]` input embeddings of the coarse tokens, for a model that has no way of its own
+            to take the medium: they replace the embeddings of whatever tokens are there. None: the model makes them.
 
     Raises:
         ValueError: Sizes that don't fit the grid, or nothing left to select.
@@ -33,6 +35,7 @@ class FineStream:
     coarse_positions: Tensor | None
     valid: Tensor | None
     source: FineSource
+    coarse_embeds: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, FineSource):
@@ -61,6 +64,12 @@ class FineStream:
         if not bool(valid.any()):
             raise StreamError("valid must leave at least one fine token to read, got none")
         object.__setattr__(self, "valid", valid)
+        expected = (self.grid.n_coarse, self.source.width)
+        if self.coarse_embeds is not None and tuple(self.coarse_embeds.shape) != expected:
+            raise StreamError(
+                f"coarse_embeds must be {list(expected)}, an embedding per coarse cell as wide as the source's "
+                f"features, got {list(self.coarse_embeds.shape)}"
+            )
 
     def at(self, coarse_positions: Tensor) -> FineStream:
         """The same medium with its coarse tokens at the given `[n_coarse]` sequence indices."""
@@ -72,8 +81,14 @@ class FineStream:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FineStream:
         """The same medium with its features on another device or in another dtype."""
-        source = self.source.to(device, dtype)
-        return self if source is self.source else replace(self, source=source)
+        source, embeds = self.source.to(device, dtype), self.coarse_embeds
+        if embeds is not None:
+            embeds = embeds.to(
+                device=embeds.device if device is None else device, dtype=dtype or embeds.dtype
+            )
+        if source is self.source and embeds is self.coarse_embeds:
+            return self
+        return replace(self, source=source, coarse_embeds=embeds)
 
     @cached_property
     def region_valid(self) -> Tensor:

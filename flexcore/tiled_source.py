@@ -301,3 +301,31 @@ def gather(wanted: Sequence[tuple[FineSource, Tensor]]) -> list[Tensor]:
         for key, unit in encoder.run(sorted(jobs), use, name):
             names[key]._unreadable.add(unit)
     return [t for t in out if t is not None]
+
+
+def warm(wanted: Sequence[tuple[FineSource, Tensor]]) -> None:
+    """Encode what several media's regions need in common micro-batches, for `features` to find.
+
+    Only for encoders that keep all they encode: with a budget, a unit might be gone before it is used.
+
+    Args:
+        wanted: Sources, each with the `[n]` regions about to be asked of it.
+    """
+    groups: dict[int, list[tuple[TiledSource, Tensor]]] = {}
+    for source, regions in wanted:
+        if isinstance(source, TiledSource) and source.encoder.max_bytes is None:
+            groups.setdefault(id(source.encoder), []).append((source, regions))
+    for members in groups.values():
+        if len(members) < 2:
+            continue
+        units, names = set(), {source.key: source for source, _ in members}
+        for source, regions in members:
+            tokens = source.grid.tokens(regions)
+            units |= {(source.key, u) for u in source.locate(tokens[tokens >= 0])[0].unique().tolist()}
+
+        def name(unit: Unit, names: dict[int, TiledSource] = names) -> str:
+            return names[unit[0]].describe(unit[1])
+
+        lost = members[0][0].encoder.run(sorted(units), lambda unit, features: None, name)
+        for key, unit in lost:
+            names[key]._unreadable.add(unit)

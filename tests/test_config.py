@@ -26,6 +26,7 @@ FULL: dict[str, Any] = {
     "init": "random",
     "fine_norm": True,
     "share_kv_projections": True,
+    "static": True,
     "regions": "official",
     "region_size": 3,
     "fine_cache_bytes": 1 << 40,
@@ -71,6 +72,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "init": ["zeros", None],
     "fine_norm": [None, 1, "yes"],
     "share_kv_projections": [None, 0, "no"],
+    "static": [None, 1, "yes"],
     "regions": ["tiles", None, 9],
     "region_size": [0, -8, 8.0, None, True],
     "fine_cache_bytes": [-1, 1.5, True, "4GB"],
@@ -148,6 +150,7 @@ def test_reference_is_the_official_recipe() -> None:
         "alpha_warmup": 10.0,
         "fine_norm": False,
         "share_kv_projections": False,
+        "static": False,
     }
     assert {name: getattr(config, name) for name in official} == official
     changed = FlexConfig.reference(threshold=64, first_layer=2)

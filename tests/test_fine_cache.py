@@ -389,3 +389,40 @@ def test_a_failed_projection_leaves_the_cache_as_it_was() -> None:
     found, second = ask(cache, [2, 1])
     assert second.calls == [[2]] and same(found, [second.pages[2], first.pages[1]])
     assert ask(cache, [0], layer=10)[1].calls == [[0]]
+
+
+def test_joined_pages_are_the_pages_in_attention_order():
+    cache, calls = FineCache(), []
+
+    def project(regions):
+        calls.append(regions.tolist())
+        key = torch.arange(3.0)[None, :, None, None] + 10 * regions[:, None, None, None].float()
+        key = key + torch.tensor([0.25, 0.5])[None, None, :, None]
+        return key.expand(-1, -1, -1, 4).clone(), -key.expand(-1, -1, -1, 5).clone()
+
+    regions = torch.tensor([4, 1])
+    pages = cache.get(0, 0, regions, 6, project)
+    for hold in (True, False):
+        key, value = cache.joined(0, 0, regions, 6, project, hold=hold)
+        assert key.shape == (2, 6, 4) and value.shape == (2, 6, 5)
+        assert torch.equal(key[1, 3:], pages[0][1, :, 1]) and torch.equal(value[0, :3], pages[1][0, :, 0])
+    again = cache.joined(0, 0, regions, 6, project)
+    assert again[0] is key  # held by the first of them
+    other = cache.joined(0, 0, torch.tensor([1]), 6, project)
+    assert torch.equal(other[0], key[:, 3:]) and calls == [[4, 1]]
+    cache.clear()
+    cache.joined(0, 0, regions, 6, project)
+    assert calls == [[4, 1], [4, 1]]
+
+
+def test_joined_pages_count_against_the_budget():
+    page = 2 * 3 * 2 * 4 * 4
+
+    def project(regions):
+        return torch.zeros(len(regions), 3, 2, 4), torch.zeros(len(regions), 3, 2, 4)
+
+    for budget, held in ((2 * page, False), (4 * page, True)):
+        cache = FineCache(budget)
+        first = cache.joined(0, 0, torch.tensor([0, 1]), 5, project, hold=True)
+        second = cache.joined(0, 0, torch.tensor([0, 1]), 5, project, hold=True)
+        assert (first[0] is second[0]) == held and cache.bytes <= budget

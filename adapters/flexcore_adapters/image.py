@@ -14,7 +14,7 @@ from flexcore.sources import FineSource, TensorSource
 from flexcore.tiled_source import TiledSource, UnitEncoder
 
 from .image_io import check_size, default_max_pixels, load_image
-from .image_tower import encode_tiles, native_size, normalise, tower_device, vision_tower
+from .image_tower import encode_tiles, lead_tokens, native_size, normalise, tower_device, vision_tower
 from .image_views import ImageView, mean_colour, native_view, padded_view, resample_filter
 from .tiling import downscale, paste_tiles
 
@@ -218,10 +218,8 @@ class ImageAdapter(Adapter):
 
     @property
     def lead_tokens(self) -> int:
-        """The class token, if the model keeps it (`vision_feature_select_strategy="full"`)."""
-        if getattr(self.model.config, "vision_feature_select_strategy", "default") == "default":
-            return 0
-        return int(getattr(self.processor, "num_additional_image_tokens", 0))
+        """Class and register tokens, as far as the model keeps them (`vision_feature_select_strategy`)."""
+        return lead_tokens(self.model, self.processor)
 
     def _official(self) -> bool:
         """Whether the model's config asks for the official code's lattice and coarse view."""

@@ -88,7 +88,15 @@ def normalise(image_processor: Any, pixels: Tensor) -> Tensor:
 
 
 def native_size(model: Any, processor: Any) -> tuple[int, int]:
-    """The vision tower's side in pixels and in cells."""
+    """The side of a picture as the vision tower gets to see it, in pixels and in cells.
+
+    That is the config's `image_size`, or the processor's size where the tower takes that one too: DINOv2 was trained
+    on 518 pixels, interpolates its positions for any other size, and is mostly shown 224.
+
+    Raises:
+        UnsupportedModelError: The model has no vision tower of one square size.
+        ValueError: The processor isn't the model's.
+    """
     name = type(model).__name__
     vision = getattr(getattr(model, "config", None), "vision_config", None)
     side, patch = (_square(getattr(vision, field, None)) for field in ("image_size", "patch_size"))
@@ -107,7 +115,41 @@ def native_size(model: Any, processor: Any) -> tuple[int, int]:
             f"processor.patch_size is {processor.patch_size} and the vision tower's {patch}; they must be equal "
             "for the processor to make one token per cell"
         )
+    shown = _processor_side(processor.image_processor)
+    if shown is not None and shown != side and shown % patch == 0 and _takes(model, shown):
+        side = shown
     return side, side // patch
+
+
+def lead_tokens(model: Any, processor: Any) -> int:
+    """Features that the model keeps before a picture's map: class and register tokens."""
+    strategy = getattr(model.config, "vision_feature_select_strategy", None)
+    if strategy is None:
+        return 0
+    # `default` drops the first feature, whatever it is; a tower without a class token is used with `full`.
+    return max(0, int(getattr(processor, "num_additional_image_tokens", 0)) - (strategy == "default"))
+
+
+def _processor_side(image_processor: Any) -> int | None:
+    """Side of the square that the processor makes of any picture; None if it makes something else."""
+    crops = getattr(image_processor, "do_center_crop", False)
+    size = getattr(image_processor, "crop_size" if crops else "size", None)
+    try:
+        return _square((size["height"], size["width"]))  # type: ignore[index]
+    except (KeyError, TypeError):
+        return None
+
+
+@torch.no_grad()
+def _takes(model: Any, side: int) -> bool:
+    """Whether the vision tower takes pictures of this side; asked of the tower, as no config says it."""
+    tower = vision_tower(model)
+    pixels = torch.zeros(1, 3, side, side, device=tower_device(tower), dtype=tower.dtype)
+    try:
+        model.get_image_features(pixel_values=pixels)
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _square(value: Any) -> int | None:

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_adapter_weights, read_adapter_config, save_adapter_weights
     from .collate import collate
-    from .processing import Adapter
+    from .embedding import EmbeddingAdapter
+    from .official import import_official_checkpoint
+    from .pretrained import from_pretrained
+    from .processing import Adapter, View
     from .wrap import attached, is_wrapped, unwrap, wrap
 
 _HOMES = {
     "Adapter": "processing",
+    "EmbeddingAdapter": "embedding",
+    "View": "processing",
     "attached": "wrap",
     "collate": "collate",
+    "from_pretrained": "pretrained",
+    "import_official_checkpoint": "official",
     "is_wrapped": "wrap",
     "load_adapter_weights": "checkpoint",
     "read_adapter_config": "checkpoint",
@@ -26,8 +33,12 @@ _HOMES = {
 
 __all__ = [
     "Adapter",
+    "EmbeddingAdapter",
+    "View",
     "attached",
     "collate",
+    "from_pretrained",
+    "import_official_checkpoint",
     "is_wrapped",
     "load_adapter_weights",
     "read_adapter_config",

@@ -17,7 +17,12 @@ from ..positions import fine_positions, official_tables
 from ..selection import Selector, make_selector
 from ..streams import StreamBatch
 from ..trace import Trace
-from .projection import AttentionSite, FineProjection, rotary_embeddings, shadow_key_value
+from .fine_projections import FineProjections
+from .interface import registered_name
+from .offload import execution_device
+from .projection import FineProjection, shadow_key_value
+from .shared import SharedProjection
+from .site import AttentionSite, Ear, rotary_tables
 from .state import FlexRequest, SampleState
 
 
@@ -31,16 +36,22 @@ class FlexBinding:
         stubs: Per layer, a stand-in for the query projection in the shadow.
         width: C, the decoder's hidden size.
         base: Name of the attention backend the model had.
+        implementation: Name that our attention function goes by in this model.
+        ear: Where to hear the tokens' positions, if the attention call doesn't name them.
+        shared: By layer, what stands in for a fine projection where the layer's own projections do the work.
     """
 
     def __init__(
         self,
         config: FlexConfig,
         sites: dict[int, AttentionSite],
-        fine: nn.ModuleDict,
+        fine: FineProjections,
         stubs: dict[int, nn.Module | None],
         width: int,
         base: str,
+        implementation: str,
+        ear: Ear | None,
+        shared: dict[int, SharedProjection] | None = None,
     ):
         assert config.layers is not None and config.first_layer is not None
         self.config = config
@@ -49,6 +60,12 @@ class FlexBinding:
         self.stubs = stubs
         self.width = width
         self.base = base
+        self.implementation = implementation
+        self.ear = ear
+        self.shared = shared or {}
+        self.counting = min(sites)  # this layer's cache tells how many tokens there are
+        self.carried = any(site.carried for site in sites.values())
+        self.crosses = any(site.states for site in sites.values())  # coarse tokens are the encoder's output
         self.selector: Selector = make_selector(config)
         self.traces: list[Trace] = []
         self._layer_of = {id(site.attention): layer for layer, site in sites.items()}
@@ -60,7 +77,8 @@ class FlexBinding:
         self.traced = frozenset(eligible)  # a trace also shows what the last layer would pick
         self.positions = config.positions
         if self.positions == "auto":
-            self.positions = "parent"
+            axes = any(site.rotary is not None and site.rotary.axes for site in sites.values())
+            self.positions = "fractional" if axes else "parent"
         self._lock = threading.Lock()
         self._running = 0
 
@@ -69,6 +87,11 @@ class FlexBinding:
         return self._layer_of.get(id(module))
 
     # ------------------------------------------------------------------ requests
+
+    def follow(self, model: Any) -> FlexBinding:
+        """Take the fine projections that the model has now: peft may have put copies in their place."""
+        self.fine = model.flex_fine.live()
+        return self
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -111,9 +134,8 @@ class FlexBinding:
 
     def weights_version(self) -> tuple[int, ...]:
         """Changes whenever a fine parameter was replaced or written in place (an optimizer step, a load)."""
-        return tuple(
-            v for p in self.fine.parameters() for v in (p.data_ptr(), 0 if p.is_inference() else p._version)
-        )
+        parameters = [*self.fine.parameters(), *(p for s in self.shared.values() for p in s.parameters())]
+        return tuple(v for p in parameters for v in (_address(p), 0 if p.is_inference() else p._version))
 
     # ------------------------------------------------------------------ fine keys and values
 
@@ -132,43 +154,51 @@ class FlexBinding:
             `[n, P, Hkv, D]` and `[n, P, Hkv, Dv]`.
         """
         site = self.sites[layer]
-        projection = self.fine[str(layer)]
-        assert isinstance(projection, FineProjection)
-        weight = next(projection.parameters())
+        projection: FineProjection | SharedProjection = self.shared.get(layer) or self.fine.at(layer)
+        if isinstance(projection, SharedProjection):
+            device, dtype = execution_device(site.attention), site.dtype
+        else:
+            device, dtype = execution_device(projection), next(projection.parameters()).dtype
         n, page = len(regions), sample.page
         features, positions, tables = [], [], []
         order = []
         for m, where, local in sample.by_medium(regions):
             stream = sample.streams[m]
-            part = stream.source.features(local).to(device=weight.device, dtype=weight.dtype)
+            part = stream.source.features(local).to(device=device, dtype=dtype)
+            readable = stream.source.readable(local)
+            if not bool(readable.all()):
+                sample.lose(m, local[~readable])
+            # whatever a source leaves in rows that nobody may read must not reach an output: 0 * NaN is NaN
+            valid = stream.region_valid[local]
+            if not bool(valid.all()):
+                part = part.masked_fill(~valid[..., None].to(device), 0)
             features.append(nn.functional.pad(part, (0, 0, 0, page - part.shape[1])))
             tokens = stream.grid.tokens(local)
             tokens = nn.functional.pad(tokens, (0, page - tokens.shape[1]), value=-1).clamp(min=0)
             if self.positions == "official":
                 tables.append(self._official(request, site, features[-1], stream.grid, tokens))
-            elif site.rotary is not None:
+            elif not self.crosses and (site.rotary is not None or "position_ids" in site.call):
                 positions.append(self._positions(sample, m, tokens))
             order.append(where)
         back = torch.cat(order).argsort()
-        flat = torch.cat(features)[back.to(weight.device)].flatten(0, 1)[None]
+        flat = torch.cat(features)[back.to(device)].flatten(0, 1)[None]
         if self.config.fine_norm and site.norm is not None:
             flat = site.norm(flat)
-        at = None
+        at, blended = None, None
         if tables:
-            cos, sin = (torch.cat(t)[back].flatten(0, 1)[None].to(flat) for t in zip(*tables, strict=True))
-            embeddings: tuple[Tensor, Tensor] | None = (cos, sin)
-        else:
-            embeddings = None
-            if positions:
-                at = torch.cat(positions, dim=-2)[..., back, :].flatten(-2)
-                embeddings = rotary_embeddings(site, flat, at, request.max_position)
-                at = at[..., None, :].to(flat.device)
+            blended = tuple(
+                torch.cat(t)[back].flatten(0, 1)[None].to(flat) for t in zip(*tables, strict=True)
+            )
+        elif positions:
+            at = torch.cat(positions, dim=-2)[..., back, :].flatten(-2)[..., None, :].to(flat.device)
         replaced = projection.modules_by_name()
         stub = self.stubs.get(layer)
         if stub is not None:
             replaced["q_proj"] = stub
-        key, value = shadow_key_value(site, replaced, flat, embeddings, at)
-        return tuple(t[0].transpose(0, 1).unflatten(0, (n, page)) for t in (key, value))  # type: ignore[return-value]
+        key, value = shadow_key_value(site, replaced, flat, at, request.max_position, blended)
+        home = execution_device(site.attention)  # a device map may have put the projection somewhere else
+        key, value = (t[0].transpose(0, 1).unflatten(0, (n, page)).to(home) for t in (key, value))
+        return key, value
 
     def _positions(self, sample: SampleState, medium: int, tokens: Tensor) -> Tensor:
         """`[..., n, P]` rotary positions of fine tokens."""
@@ -189,26 +219,33 @@ class FlexBinding:
         first = next(s for s in request.samples if s.streams)
         cells = first.cells[: first.cell_at[1]]
         if grid not in request.tables:
-            embeddings = rotary_embeddings(site, like.float(), cells)
-            if embeddings is None:
+            if site.rotary is None or site.rotary.axes:
                 raise StreamError(
-                    "positions='official' needs a model with rotary tables; use positions='parent'"
+                    "positions='official' needs a model with one-dimensional rotary tables; use positions='auto'"
                 )
-            request.tables[grid] = official_tables(embeddings[0][0].cpu(), embeddings[1][0].cpu(), grid)
+            cos, sin = rotary_tables(site.rotary, like.float(), cells[None])
+            request.tables[grid] = official_tables(cos[0].cpu(), sin[0].cpu(), grid)
         cos, sin = request.tables[grid]
         return cos[tokens], sin[tokens]
 
     # ------------------------------------------------------------------ copying
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FlexBinding:
-        """A copied model gets a binding of its own: modules copied with it, no traces, nothing running."""
-        import copy
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy shares the meaning of: no traces, nothing running."""
+        return {
+            k: v for k, v in self.__dict__.items() if k not in ("traces", "_lock", "_running", "_layer_of")
+        }
 
-        other = FlexBinding.__new__(FlexBinding)
-        memo[id(self)] = other
-        for name, value in self.__dict__.items():
-            if name not in ("traces", "_lock", "_running", "_layer_of"):
-                setattr(other, name, copy.deepcopy(value, memo))
-        other.traces, other._lock, other._running = [], threading.Lock(), 0
-        other._layer_of = {id(site.attention): layer for layer, site in other.sites.items()}
-        return other
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Complete a copied or unpickled binding; in a new process the attention function isn't registered yet."""
+        self.__dict__.update(state)
+        self.traces, self._lock, self._running = [], threading.Lock(), 0
+        self._layer_of = {id(site.attention): layer for layer, site in self.sites.items()}
+        registered_name(self.base, self.carried)
+
+
+def _address(parameter: Tensor) -> int:
+    try:
+        return parameter.data_ptr()
+    except RuntimeError:  # a tensor subclass (a quantised weight) without storage of its own
+        return id(parameter)

@@ -67,7 +67,12 @@ def collate(
         fill = {"input_ids": pad_token_id or 0, "labels": label_pad}.get(key, 0)
         out[key] = torch.cat([_pad(v, n, fill, padding_side) for v, n in zip(values, missing, strict=True)])
     pixels = [part["pixel_values"] for part in parts if "pixel_values" in part]
-    if pixels:
+    if pixels:  # a model that takes the coarse view otherwise has none at all
+        for i, part in enumerate(parts):
+            if "flex_streams" in part and "pixel_values" not in part and part["flex_streams"].n_media:
+                raise StreamError(
+                    f"features[{i}]['flex_streams'] holds {part['flex_streams'].n_media} media, pixel_values 0"
+                )
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) > 1:
             raise ValueError(f"pixel_values must agree in all but the first dimension, got {sorted(shapes)}")
@@ -109,10 +114,9 @@ def _part(index: int, feature: Mapping[str, Any]) -> dict[str, Any]:
             f"{where}['flex_streams'] is for {len(streams)} sample(s), input_ids for {len(part['input_ids'])}"
         )
     pixels = part.get("pixel_values")
-    if streams.n_media != (0 if pixels is None else len(pixels)):
+    if pixels is not None and streams.n_media != len(pixels):
         raise StreamError(
-            f"{where}['flex_streams'] holds {streams.n_media} media, pixel_values "
-            f"{0 if pixels is None else len(pixels)}"
+            f"{where}['flex_streams'] holds {streams.n_media} media, pixel_values {len(pixels)}"
         )
     return part
 

@@ -7,14 +7,87 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import StreamError
 from ..hierarchical_attention import hierarchical_attention
-from ..row_attention import CausalRows, GatheredRows, RegionRows, RowMask, row_attention, with_sinks
+from ..row_attention import (
+    CausalRows,
+    GatheredRows,
+    RegionRows,
+    RowMask,
+    SharedMask,
+    row_attention,
+    with_sinks,
+)
 from ..streams import FineStream
+from ..tiled_source import warm
 from ..trace import TraceRecord
 from .state import FlexRequest
+from .training_checks import check_reentrant_features, trains_together
 
 if TYPE_CHECKING:
     from .binding import FlexBinding
+
+
+def row_keys(
+    key: Tensor, mask: Tensor | None, rows: Tensor, n_queries: int, causal: bool, past: int
+) -> tuple[Tensor, RowMask | None]:
+    """The keys that rows may look at, and which of them each row sees.
+
+    Args:
+        key: `[B, Hkv, S, D]`.
+        mask: As the base backend got it: None, a padding mask `[B, S]` or a mask `[B|1, H|1, Q, S]`.
+        rows: `[B, R]` query indices.
+        n_queries: Q.
+        causal: Whether a missing mask means causal.
+        past: Tokens in the cache before this forward.
+    """
+    if mask is not None and mask.ndim == 4:
+        key = key[:, :, : mask.shape[3]]
+        return key, SharedMask(mask) if mask.shape[2] == 1 else GatheredRows(mask, rows)
+    if mask is None and (not causal or n_queries == 1):
+        return key, None
+    if mask is None and key.shape[2] > n_queries and not past:
+        key = key[:, :, :n_queries]  # an empty static cache hands over its unwritten tail too
+    causal_rows = CausalRows(rows + (key.shape[2] - n_queries), key.shape[2])
+    if mask is None:
+        return key, causal_rows
+    padding = mask.to(torch.bool)[:, None, None, : key.shape[2]]
+    seen = causal_rows.keys <= causal_rows.last[:, :, None]
+    return key, GatheredRows(
+        seen[:, None] & padding, torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+    )
+
+
+class RowLayout:
+    """Where the readout rows of a forward pass are.
+
+    Args:
+        request: The request.
+        rows: `[samples, length]` bool.
+        batch: Rows of the batch; beams of a sample follow one another.
+    """
+
+    def __init__(self, request: FlexRequest, rows: Tensor, batch: int):
+        beams_each = batch // len(request.samples)
+        for i, sample in enumerate(request.samples):
+            rows[i] &= bool(sample.streams)
+        counts = rows.sum(dim=1)
+        self.n_rows = int(counts.max()) if len(counts) else 0
+        # per sample: (batch row, query index, slot) of every readout row, beams of a sample side by side
+        self.index: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.slots = torch.zeros(batch, max(self.n_rows, 1), dtype=torch.long)
+        for i, mask in enumerate(rows):
+            at = mask.nonzero()[:, 0]
+            beams = torch.arange(i * beams_each, (i + 1) * beams_each)
+            self.slots[beams, : len(at)] = at
+            order = torch.arange(len(at))
+            self.index.append(
+                (beams.repeat_interleave(len(at)), at.repeat(beams_each), order.repeat(beams_each))
+            )
+        width = max((len(s.cells) for s in request.samples), default=0)
+        self.cells = torch.zeros(batch, width, dtype=torch.long)
+        for i, sample in enumerate(request.samples):
+            self.cells[i * beams_each : (i + 1) * beams_each, : len(sample.cells)] = sample.cells
 
 
 class FlexContext:
@@ -41,32 +114,27 @@ class FlexContext:
         self.beams = batch // len(request.samples)
         # grad mode as the caller sees it: inside a checkpointed layer it may look switched off
         self.keep = not torch.is_grad_enabled()
+        self.reentrant = False  # whether a layer ran under a reentrant checkpoint
+        self.attended = False  # whether any layer's attention was reached
         self.selected: dict[int, list[Tensor | None]] = {}
         self.traces = [(trace, trace.number(request)) for trace in binding.traces]
         self._recorded = False
         self._moved: dict[Any, Tensor] = {}
-        rows = request.rows(past, length)
-        counts = rows.sum(dim=1)
-        self.n_rows = int(counts.max()) if len(counts) else 0
-        # per sample: (batch row, query index, slot) of every readout row, beams of a sample side by side
-        self.index: list[tuple[Tensor, Tensor, Tensor]] = []
-        slots = torch.zeros(batch, max(self.n_rows, 1), dtype=torch.long)
-        for i, mask in enumerate(rows):
-            at = mask.nonzero()[:, 0]
-            beams = torch.arange(i * self.beams, (i + 1) * self.beams)
-            slots[beams, : len(at)] = at
-            self.index.append(
-                (
-                    beams.repeat_interleave(len(at)),
-                    at.repeat(self.beams),
-                    torch.arange(len(at)).repeat(self.beams),
-                )
-            )
-        self.slots = slots
-        width = max((len(s.cells) for s in request.samples), default=0)
-        self.cells = torch.zeros(batch, width, dtype=torch.long)
-        for i, sample in enumerate(request.samples):
-            self.cells[i * self.beams : (i + 1) * self.beams, : len(sample.cells)] = sample.cells
+        # a decode step's rows are those of the step before; working them out anew would be most of its overhead
+        steady = length == 1 and request.prefix is not None and past >= request.prefix.shape[1]
+        layout = request.layouts.get(batch) if steady else None
+        if layout is None:
+            layout = RowLayout(request, request.rows(past, length), batch)
+            if steady:
+                request.layouts[batch] = layout
+        self.n_rows, self.index, self.slots, self.cells = (
+            layout.n_rows,
+            layout.index,
+            layout.slots,
+            layout.cells,
+        )
+        # one row of one sample, as in most decoding: no gathering, no scattering
+        self.single = batch == 1 and self.n_rows == 1 and len(request.samples) == 1
 
     def _on(self, name: Any, tensor: Tensor, device: torch.device) -> Tensor:
         """A CPU index tensor on a layer's device, moved once per forward."""
@@ -84,6 +152,9 @@ class FlexContext:
         if self._recorded:
             return
         self._recorded = True
+        if self.past > self.request.last_cell and self.request.max_position:
+            self.request.max_position += self.length  # past the media there is nothing to learn but this
+            return
         if position_ids is None:
             position_ids = torch.arange(self.past, self.past + self.length)[None]
         ids = position_ids.detach().to("cpu")
@@ -97,12 +168,24 @@ class FlexContext:
             if sample.rope is None:
                 sample.rope = new.new_zeros(*new.shape[:-1], len(sample.cells))
             elif bool((sample.rope_known & here).any()) and not torch.equal(sample.rope[..., here], new):
+                self.request.static = None
                 self.request.kv.clear(i)  # the same tokens at other positions: their fine keys are stale
             sample.rope[..., here] = new
             sample.rope_known |= here
 
+    def _check_cells(self, n_keys: int) -> None:
+        """In cross-attention the encoder's output must hold every coarse token; only here its length is known."""
+        for i, sample in enumerate(self.request.samples):
+            if len(sample.cells) and int(sample.cells.max()) >= n_keys:
+                raise StreamError(
+                    f"flex_streams sample {i}: coarse_positions must lie in the encoder's output of {n_keys} states, "
+                    f"got {int(sample.cells.max())}"
+                )
+
     # ------------------------------------------------------------------ attention
 
+    # what is selected decides the shapes here, so a graph would only be broken in many places instead of one
+    @torch.compiler.disable
     def attend(
         self,
         module: torch.nn.Module,
@@ -132,13 +215,17 @@ class FlexContext:
         layer = self.binding.layer_of(module)
         if layer is None:
             return out
-        self.record_positions(kwargs.get("position_ids"))
+        self.attended = True
+        if self.binding.crosses:
+            self._check_cells(key.shape[2])
+        elif self.binding.ear is None:
+            self.record_positions(kwargs.get("position_ids"))
         if not self.n_rows:
-            return out
+            return self._joined(layer, out)
         selects = layer in self.binding.selecting or (bool(self.traces) and layer in self.binding.traced)
         chosen = self._chosen(layer)
         if not selects and chosen is None:
-            return out
+            return self._joined(layer, out)
 
         sinks = kwargs.get("s_aux")
         softcap = kwargs.get("softcap")
@@ -148,7 +235,7 @@ class FlexContext:
             q = query
         else:
             q = query[torch.arange(self.batch, device=query.device)[:, None], :, rows].transpose(1, 2)
-        key, row_mask = self._row_mask(key, mask, rows, query.shape[2], causal)
+        key, row_mask = row_keys(key, mask, rows, query.shape[2], causal, self.past)
         cells = None
         if selects:
             cells = self._on("cells", self.cells, query.device).clamp(max=key.shape[2] - 1)
@@ -159,28 +246,15 @@ class FlexContext:
             assert scores is not None
             self._select(layer, scores, key.shape[2])
         if chosen is None:
-            return out
+            return self._joined(layer, out)
         return self._read(layer, chosen, query, offset, with_sinks(lse, sinks), out, scaling, softcap)
 
-    def _row_mask(
-        self, key: Tensor, mask: Tensor | None, rows: Tensor, n_queries: int, causal: bool
-    ) -> tuple[Tensor, RowMask | None]:
-        if mask is not None and mask.ndim == 4:
-            if n_queries == 1 or mask.shape[2] == 1:
-                rows = torch.zeros_like(rows)
-            return key[:, :, : mask.shape[3]], GatheredRows(mask, rows)
-        if mask is None and (not causal or n_queries == 1):
-            return key, None
-        if mask is None and key.shape[2] > n_queries and not self.past:
-            key = key[:, :, :n_queries]  # an empty static cache hands over its unwritten tail too
-        causal_rows = CausalRows(rows + (key.shape[2] - n_queries), key.shape[2])
-        if mask is None:
-            return key, causal_rows
-        padding = mask.to(torch.bool)[:, None, None, : key.shape[2]]
-        seen = causal_rows.keys <= causal_rows.last[:, :, None]
-        return key, GatheredRows(
-            seen[:, None] & padding, torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-        )
+    def _joined(self, layer: int, out: Tensor) -> Tensor:
+        """The output of a layer that read nothing, in reach of its fine projections where other processes wait."""
+        if layer not in self.binding.reads_from or not trains_together(self.binding.fine):
+            return out
+        zero = self.binding.fine.zero(layer)
+        return out if zero is None else out + zero.to(out.device, out.dtype)
 
     def _chosen(self, layer: int) -> list[tuple[Tensor, Tensor] | None] | None:
         """Per sample (selection `[n, U]`, its U regions on the CPU), or None where nothing was selected."""
@@ -207,8 +281,8 @@ class FlexContext:
             if not sample.streams or not len(queries):
                 result.append(None)
                 continue
-            own = scores[batch_rows, slots][:, : len(sample.cells)]
-            if int(sample.cells.max()) >= n_keys:  # a chunked prefill hasn't reached this medium yet
+            own = scores[0] if self.single else scores[batch_rows, slots][:, : len(sample.cells)]
+            if sample.last_cell >= n_keys:  # a chunked prefill hasn't reached this medium yet
                 own = own.masked_fill(self._on(("cells", i), sample.cells, scores.device) >= n_keys, 0.0)
             at = queries + self.past
             parts = []
@@ -217,7 +291,7 @@ class FlexContext:
                 keys = torch.stack(
                     [torch.full_like(at, layer), at - sample.cells[sample.cell_at[m]].to(at.device)], 1
                 )
-                regions = self.binding.selector.select(part, stream.grid, stream.selectable, keys)
+                regions = self.binding.selector.select(part, stream.grid, sample.selectable(m), keys)
                 parts.append(regions)
                 if self.traces:
                     records += self._records(layer, i, m, stream, part, regions)
@@ -249,6 +323,8 @@ class FlexContext:
         softcap: float | None,
     ) -> Tensor:
         where_b, where_q, new = [], [], []
+        if len(self.request.samples) > 1:
+            self._warm(layer, chosen)
         for i, pick in enumerate(chosen):
             if pick is None:
                 continue
@@ -256,23 +332,30 @@ class FlexContext:
             b, q, slots = (self._on(("index", i, j), t, query.device) for j, t in enumerate(self.index[i]))
             q = q + offset
             key, value = self._fine(layer, i, regions)
-            valid = self.request.samples[i].valid(regions).to(query.device)
+            sample = self.request.samples[i]
+            # one row reads all that was chosen: what it can't see are the short ends of ragged regions
+            mask = None
+            if len(b) > 1 or sample.ragged:
+                valid = sample.valid(regions).to(query.device)
+                mask = RegionRows(selected[None].to(query.device), valid[None])
             merged = hierarchical_attention(
-                query[b, :, q].transpose(0, 1)[None],
+                query if self.single and query.shape[2] == 1 else query[b, :, q].transpose(0, 1)[None],
                 None,
                 None,
-                key.flatten(0, 1).transpose(0, 1)[None],
-                value.flatten(0, 1).transpose(0, 1)[None],
-                fine_mask=RegionRows(selected[None].to(query.device), valid[None]),
+                key[None],
+                value[None],
+                fine_mask=mask,
                 scaling=scaling,
                 softcap=softcap,
                 alpha=self.alpha,
-                plain=out[b, q][None],
-                lse=lse[b, :, slots].transpose(0, 1)[None],
+                plain=out if self.single and out.shape[1] == 1 else out[b, q][None],
+                lse=lse if self.single else lse[b, :, slots].transpose(0, 1)[None],
             )
             where_b.append(b)
             where_q.append(q)
             new.append(merged[0])
+        if self.single and out.shape[1] == 1:
+            return new[0][None].to(out.dtype)
         index = (torch.cat(where_b), torch.cat(where_q))
         values = torch.cat(new).to(out.dtype)
         if torch.is_grad_enabled() and (out.requires_grad or values.requires_grad):
@@ -280,13 +363,37 @@ class FlexContext:
         out[index] = values
         return out
 
+    def _warm(self, layer: int, chosen: list[tuple[Tensor, Tensor] | None]) -> None:
+        """Let sources that share an encoder encode what all samples lack in this layer in common micro-batches."""
+        wanted = []
+        for i, pick in enumerate(chosen):
+            if pick is not None:
+                sample = self.request.samples[i]
+                missing = self.request.kv.missing(layer, i, pick[1]) if self.keep else pick[1]
+                wanted += [(sample.streams[m].source, local) for m, _, local in sample.by_medium(missing)]
+        warm(wanted)
+
     def _fine(self, layer: int, sample: int, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Fine keys `[n, P, Hkv, D]` and values of a sample's regions in one layer."""
+        """Fine keys `[Hkv, n * P, D]` and values of a sample's regions in one layer."""
         state = self.request.samples[sample]
 
         def project(missing: Tensor) -> tuple[Tensor, Tensor]:
             return self.binding.project(self.request, layer, state, missing)
 
         if not self.keep:
-            return project(regions)
-        return self.request.kv.get(layer, sample, regions, state.n_regions, project)
+            if not torch.is_grad_enabled():
+                self.reentrant = True
+                for m, _, local in state.by_medium(regions):
+                    check_reentrant_features(state.streams[m].source, local)
+            return _heads_first(project(regions))
+        static = self.request.static
+        if static is not None and static.holds(sample, state):
+            return _heads_first(static.pages(layer, sample, regions, state.page))
+        # in decoding, the regions of one step are mostly those of the next
+        return self.request.kv.joined(layer, sample, regions, state.n_regions, project, hold=self.length == 1)
+
+
+def _heads_first(pages: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Pages `[n, P, Hkv, D]` as one run of tokens `[Hkv, n * P, D]`."""
+    key, value = (t.flatten(0, 1).transpose(0, 1) for t in pages)
+    return key, value

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +19,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .context import FlexContext
+from .static import StaticContext
 
 # `sdpa`, `flash` and `flex_attention` in a name trigger checks meant for the real backends, so bases get aliases
 PREFIX = "flex_hierarchical"
 ALIASES = {"sdpa": "", "eager": "_eager", "flash_attention_2": "_fa2", "flash_attention_3": "_fa3"}
+# the state's way to the attention function in decoders that drop keyword arguments; unused otherwise
+CARRIED: ContextVar[Any] = ContextVar("flexcore_carried", default=None)
 
 
 class Captured(Exception):
@@ -39,15 +44,53 @@ class Capture:
         raise Captured
 
 
+@dataclass(eq=False)
+class AttentionCall:
+    """One call of the attention function, as `wrap`'s dry run saw it."""
+
+    module: torch.nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    out: Tensor
+    scaling: float | None
+    causal: bool
+    kwargs: dict[str, Any]
+
+
 class Probe:
-    """Stands in for a context during `wrap`'s dry run; notes which modules call the attention function, and how."""
+    """Stands in for a context during `wrap`'s dry run; notes who calls the attention function, and with what."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[torch.nn.Module, bool, bool]] = []
+        self.calls: list[AttentionCall] = []
 
-    def note(self, module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-        sliding = kwargs.get("sliding_window") is not None
-        self.calls.append((module, sliding, kwargs.get("position_ids") is not None))
+
+class TransparentName(str):
+    """Our implementation's name, which compares equal to the base's name too.
+
+    For modeling code that asks whether its implementation is called "sdpa" or "eager" and does something else if not.
+    Lookups still find our functions, since they go by the hash first.
+    """
+
+    base: str
+
+    def __new__(cls, name: str, base: str) -> TransparentName:
+        own = super().__new__(cls, name)
+        own.base = base
+        return own
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or str.__eq__(self.base, other) is True
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        return str(self), self.base
 
 
 def _own_eager(module: torch.nn.Module) -> Callable[..., Any]:
@@ -79,7 +122,7 @@ class _Renamed:
         return getattr(self._config, name)
 
 
-def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _make(base: str, carried: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def flex_attention_forward(
         module: torch.nn.Module,
         query: Tensor,
@@ -92,6 +135,8 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         """Base attention, then hierarchical attention for the readout rows; shapes as in `sdpa_attention_forward`."""
         context = kwargs.pop("flex_streams", None)
+        if carried:
+            context = CARRIED.get()
         if type(context) is Capture:
             context.take(key, value)
         owner: Any
@@ -105,25 +150,31 @@ def _make(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         )
         if context is None:
             return out, weights
-        if type(context) is Probe:
-            context.note(module, kwargs)
-            return out, weights
-        assert isinstance(context, FlexContext)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         causal = base != "eager" and kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
+        if type(context) is Probe:
+            call = (query, key, value, attention_mask, out, scaling, causal, kwargs)
+            context.calls.append(AttentionCall(module, *call))
+            return out, weights
+        if not isinstance(context, (FlexContext, StaticContext)):
+            return out, weights  # `generate` runs an encoder with whatever keywords the decoder is to get
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return context.attend(module, query, key, attention_mask, out, scaling, causal, kwargs), weights
 
     return flex_attention_forward
 
 
-def registered_name(base: str) -> str:
+def registered_name(base: str, carried: bool = False) -> str:
     """Register the attention and mask functions for a base backend and return the name they go by.
+
+    Args:
+        base: The backend that does the ordinary attention.
+        carried: For decoders that drop keyword arguments: look for the state in `CARRIED` instead.
 
     Raises:
         ValueError: The base backend isn't known to this transformers.
     """
     alias = ALIASES.get(base, "_" + base.replace("flash_attention", "fa").replace("|", "_"))
-    name = PREFIX + alias
+    name = PREFIX + alias + ("_carried" if carried else "")
     if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
         return name
     if base != "eager" and base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
@@ -131,5 +182,5 @@ def registered_name(base: str) -> str:
     if base not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
         raise ValueError(f"attn_implementation must be one with a mask function, got {base!r}")
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    AttentionInterface.register(name, _make(base))
+    AttentionInterface.register(name, _make(base, carried))
     return name

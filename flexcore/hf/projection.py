@@ -9,40 +9,21 @@ a line of per-family code.
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .interface import Capture, Captured
+from .fused import Spread, rows_only, used_rows
+from .interface import CARRIED, Capture, Captured
+from .offload import execution_device, plain_copy
+from .site import AttentionSite, rotary_tables
 
-
-@dataclass(eq=False)
-class AttentionSite:
-    """One decoder layer's attention, as the dry run of `wrap` found it.
-
-    Args:
-        layer: Index of the layer.
-        attention: Its attention module.
-        norm: The module whose output is the attention's input, if it is a norm.
-        rotary: The module that made `position_embeddings`, if the attention takes them.
-        rotary_kwargs: How the model called it, beside the positions.
-        call: Keyword arguments that the layer passes, with per-call ones left out.
-        width: C, the width of what the attention takes.
-        reads: Whether the layer can read fine tokens at all.
-    """
-
-    layer: int
-    attention: nn.Module
-    norm: nn.Module | None
-    rotary: nn.Module | None
-    rotary_kwargs: dict[str, Any]
-    call: dict[str, Any]
-    width: int
-    reads: bool
+MASKED_TOKENS = (
+    512  # where a layer wants a mask (it compares all tokens with all), features go through in parts
+)
 
 
 class ZeroQuery(nn.Module):
@@ -60,32 +41,57 @@ def shadow_key_value(
     site: AttentionSite,
     replaced: dict[str, nn.Module],
     features: Tensor,
-    embeddings: tuple[Tensor, Tensor] | None,
     positions: Tensor | None,
+    longest: int = 0,
+    tables: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Key and value that a layer would make of `features`, with some of its submodules replaced.
 
     Args:
         site: The layer.
         replaced: Submodules to use instead, by name within the attention module (dotted for nested ones).
-        features: `[1, N, C]`.
-        embeddings: `(cos, sin)`, each `[1, N, D]`, or None if the attention takes none.
-        positions: `[..., 1, N]` position ids, for attentions that look at them.
+        features: `[B, N, C]`.
+        positions: `[..., B, N]` rotary positions, or None if the layer has no use for them.
+        longest: Largest position in the sequence.
+        tables: Rotary tables to use instead of the family's at `positions`.
 
     Returns:
-        `[1, Hkv, N, D]` and `[1, Hkv, N, Dv]`, rotated as the family does.
+        `[B, Hkv, N, D]` and `[B, Hkv, N, Dv]`, rotated as the family does.
     """
+    if site.needs_mask and positions is not None and features.shape[1] > MASKED_TOKENS:
+        parts = [
+            shadow_key_value(site, replaced, f, p, longest)
+            for f, p in zip(features.split(MASKED_TOKENS, 1), positions.split(MASKED_TOKENS, -1), strict=True)
+        ]
+        key, value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        return key, value
     shadow = _with_modules(site.attention, replaced)
-    capture = Capture()
-    call = dict(site.call)
-    if "position_embeddings" in call:
-        call["position_embeddings"] = embeddings
+    call = {name: {} if value is dict else value for name, value in site.call.items()}
     if "position_ids" in call:
         call["position_ids"] = positions
-    call["flex_streams"] = capture
-    with suppress(Captured):
+    if site.rotary is not None:
+        if tables is None:
+            assert positions is not None
+            tables = rotary_tables(site.rotary, features, positions, longest)
+        call[site.rotary.argument] = tables
+    if site.needs_mask:
+        batch, length = features.shape[:2]
+        call["attention_mask"] = features.new_ones(batch, 1, length, length, dtype=torch.bool)
+    capture = Capture()
+    if site.carried:
+        token = CARRIED.set(capture)
+    else:
+        call["flex_streams"] = capture
+    try:
         # the class's forward: hooks on the instance (offloading) belong to the real module
+        if site.states:
+            call[site.states], features = features, features.new_zeros(features.shape[0], 1, site.width)
         type(site.attention).forward(shadow, features, **call)
+    except Captured:
+        pass
+    finally:
+        if site.carried:
+            CARRIED.reset(token)
     if capture.key is None or capture.value is None:
         raise UnsupportedModelError(
             f"{type(site.attention).__name__} returned without calling the attention function, so fine tokens can't "
@@ -112,57 +118,43 @@ def _with_modules(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Modul
     return twin
 
 
-def key_value_modules(site: AttentionSite) -> tuple[str, ...]:
-    """Names of the submodules whose parameters shape key or value, found by differentiating through a copy.
+def key_value_modules(site: AttentionSite) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Submodules whose parameters shape key or value, found by differentiating through a copy.
+
+    Returns:
+        Their names, and of fused projections the output rows that matter.
 
     Raises:
         UnsupportedModelError: The attention can't be run on features, or has no such parameters.
     """
-    twin = copy.deepcopy(site.attention)
+    twin = plain_copy(site.attention, site.dtype)
     leaves = {n: m for n, m in twin.named_modules() if next(m.parameters(recurse=False), None) is not None}
     parameters = {(n, k): p for n, m in leaves.items() for k, p in m.named_parameters(recurse=False)}
     first = next(iter(parameters.values()))
     with torch.enable_grad(), torch.inference_mode(False):
         for p in parameters.values():
             p.requires_grad_(p.is_floating_point())
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        features = torch.randn(1, 4, site.width, generator=generator).to(first.device, first.dtype)
-        positions = torch.arange(4, device=first.device)
-        probe = replace(site, attention=twin)
-        key, value = shadow_key_value(
-            probe, {}, features, rotary_embeddings(site, features, positions), positions[None]
-        )
+        features, positions = _example(site, 4, first.device, first.dtype)
+        key, value = shadow_key_value(replace(site, attention=twin), {}, features, positions)
         total = key.float().square().sum() + value.float().square().sum()
         grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    found = {name for (name, _), g in zip(parameters, grads, strict=True) if g is not None}
+    gradients = {key: g for key, g in zip(parameters, grads, strict=True) if g is not None}
+    found = {name for name, _ in gradients}
     if not found or "" in found:
         raise UnsupportedModelError(
             f"{type(site.attention).__name__} keeps no key/value projection as a module of its own, so there is "
             "nothing to copy for fine tokens"
         )
-    return tuple(n for n in leaves if n in found)
+    names = tuple(n for n in leaves if n in found)
+    rows = {n: used_rows(leaves[n], gradients.get((n, "weight"))) for n in names}
+    return names, {n: used for n, used in rows.items() if used is not None}
 
 
-def rotary_embeddings(
-    site: AttentionSite, features: Tensor, positions: Tensor, longest: int = 0
-) -> tuple[Tensor, Tensor] | None:
-    """The family's own `(cos, sin)` at (possibly fractional) positions.
-
-    Args:
-        site: The layer.
-        features: Gives dtype and device.
-        positions: `[..., N]`, with leading axes for multi-axis rotary models.
-        longest: Largest position in the sequence; some families pick their frequencies by it.
-
-    Returns:
-        Two tensors `[1, N, D]` (the family's own shape), or None if the attention takes none.
-    """
-    if site.rotary is None:
-        return None
-    positions = positions.to(features.device)
-    last = torch.full_like(positions[..., :1], longest)
-    cos, sin = site.rotary(features, torch.cat([positions, last], dim=-1)[..., None, :], **site.rotary_kwargs)
-    return cos[..., :-1, :], sin[..., :-1, :]
+def _example(site: AttentionSite, n: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random features `[1, n, C]` and positions to try a layer with."""
+    features = torch.randn(1, n, site.width, generator=torch.Generator().manual_seed(0))
+    axes = site.rotary.axes if site.rotary is not None else ()
+    return features.to(device, dtype), torch.arange(n, device=device).expand(*axes, 1, n)
 
 
 def zero_query(site: AttentionSite, names: tuple[str, ...]) -> nn.Module | None:
@@ -171,33 +163,48 @@ def zero_query(site: AttentionSite, names: tuple[str, ...]) -> nn.Module | None:
     width = getattr(site.attention, "head_dim", None)
     if q_proj is None or "q_proj" in names or not isinstance(width, int):
         return None
-    weight = next(q_proj.parameters())
-    features = torch.randn(1, 3, site.width, generator=torch.Generator().manual_seed(0))
-    features = features.to(weight.device, weight.dtype)
-    positions = torch.arange(3, device=weight.device)
+    features, positions = _example(site, 3, execution_device(q_proj), site.dtype)
     with torch.no_grad():
-        embeddings = rotary_embeddings(site, features, positions)
-        full = shadow_key_value(site, {}, features, embeddings, positions[None])
+        full = shadow_key_value(site, {}, features, positions)
         stub = ZeroQuery(width)
         try:
-            short = shadow_key_value(site, {"q_proj": stub}, features, embeddings, positions[None])
-        except (RuntimeError, UnsupportedModelError):
+            short = shadow_key_value(site, {"q_proj": stub}, features, positions)
+        except Exception:  # whatever its code makes of an unexpected width
             return None
     return stub if all(torch.equal(a, b) for a, b in zip(full, short, strict=True)) else None
 
 
 class FineProjection(nn.Module):
-    """One layer's own K/V projections for fine tokens: the layer's K/V modules, copied or newly drawn."""
+    """One layer's own K/V projections for fine tokens: the layer's K/V modules, copied or newly drawn.
 
-    def __init__(self, site: AttentionSite, names: tuple[str, ...], init: str, std: float):
+    Args:
+        site: The layer.
+        names: Its submodules that shape key or value.
+        rows: The rows to keep of those that are fused with something else.
+        init: `copy` or `random`.
+        std: Of random weights.
+    """
+
+    def __init__(
+        self, site: AttentionSite, names: tuple[str, ...], rows: dict[str, Tensor], init: str, std: float
+    ):
         super().__init__()
         self.names = names
+        self.rows = rows
+        self.widths: dict[str, int] = {}
         for name in names:
-            module = copy.deepcopy(site.attention.get_submodule(name))
+            module = plain_copy(site.attention.get_submodule(name), site.dtype)
+            if name in rows:
+                self.widths[name] = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]  # type: ignore
+                module = rows_only(module, rows[name])
             module.requires_grad_(True)
             if init == "random":
                 _draw(module, std)
             self.add_module(name.replace(".", "__"), module)
+
+    def live(self) -> FineProjection:
+        """Itself; through peft's `modules_to_save` wrapper, the copy that is in use."""
+        return self
 
     def modules_by_name(self) -> dict[str, nn.Module]:
         """Submodules to put in the shadow, read at call time so that later LoRA layers count."""
@@ -205,7 +212,7 @@ class FineProjection(nn.Module):
         for name in self.names:
             module = self._modules[name.replace(".", "__")]
             assert module is not None
-            out[name] = module
+            out[name] = Spread(module, self.rows[name], self.widths[name]) if name in self.rows else module
         return out
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..errors import StreamError
 from ..fine_cache import FineCache
 from ..grid import Grid
 from ..streams import FineStream, StreamBatch
+
+if TYPE_CHECKING:
+    from .static import StaticFine
 
 
 class SampleState:
@@ -30,10 +34,17 @@ class SampleState:
                 "coarse_positions must be known before the model runs; bind them with stream.at(...)"
             )
         self.cells = torch.cat([p for p in positions if p is not None] or [torch.zeros(0, dtype=torch.long)])
+        self.last_cell = int(self.cells.max()) if len(self.cells) else -1
         # what the model itself used as positions of the coarse tokens: [..., n_cells], filled as they pass through
         self.rope: Tensor | None = None
         self.rope_known = torch.zeros(len(self.cells), dtype=torch.bool)
         self._valid: Tensor | None = None
+        self._lost: dict[int, Tensor] = {}
+
+    @cached_property
+    def ragged(self) -> bool:
+        """Whether any row of any page must not be read."""
+        return not bool(self.valid(torch.arange(self.n_regions)).all())
 
     def valid(self, regions: Tensor) -> Tensor:
         """`[n, page]` bool: which rows of the given regions' pages may be read."""
@@ -44,6 +55,24 @@ class SampleState:
             ]
             self._valid = torch.cat(parts)
         return self._valid[regions]
+
+    def selectable(self, medium: int) -> Tensor:
+        """`[n_regions]` bool: regions of a medium that may be selected."""
+        lost = self._lost.get(medium)
+        stream = self.streams[medium]
+        return stream.selectable if lost is None else stream.selectable & ~lost
+
+    def lose(self, medium: int, local: Tensor) -> None:
+        """Leave out regions of a medium that turned out to be unreadable, `[n]` indices within it."""
+        lost = self._lost.setdefault(
+            medium, torch.zeros(self.streams[medium].grid.n_regions, dtype=torch.bool)
+        )
+        lost[local] = True
+        start = self.region_at[medium]
+        self.valid(torch.zeros(0, dtype=torch.long))
+        assert self._valid is not None
+        self._valid[start + local] = False
+        self.__dict__["ragged"] = True
 
     def by_medium(self, regions: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """Split region indices into (medium, where in `regions`, indices within the medium)."""
@@ -67,11 +96,24 @@ class FlexRequest:
         self.samples = [SampleState(sample) for sample in streams.samples]
         self.kv = FineCache(cache_bytes)
         self.weights: tuple[int, ...] | None = None
+        self.static: StaticFine | None = None  # all fine keys and values, in static mode
+        self.explicit: Tensor | None = None  # a readout mask for a prompt that hasn't been seen yet
         self.prefix: Tensor | None = (
             None  # [samples, T] bool readout mask of the prompt so far; beyond it: True
         )
+        self.layouts: dict[int, Any] = {}  # where a decode step's readout rows are, by batch size
         self.max_position = 0
         self.tables: dict[Grid, tuple[Tensor, Tensor]] = {}  # official rotary tables, by grid
+
+    @property
+    def last_cell(self) -> int:
+        """Largest sequence index of any coarse token, -1 without media."""
+        return max((sample.last_cell for sample in self.samples), default=-1)
+
+    @property
+    def knows_positions(self) -> bool:
+        """Whether all coarse tokens have passed through the model."""
+        return all(bool(sample.rope_known.all()) for sample in self.samples)
 
     def adopt(self, streams: StreamBatch, past: int) -> None:
         """Take a later turn's media: those whose coarse tokens are in the cache already stay, new ones join."""
@@ -91,6 +133,7 @@ class FlexRequest:
             earlier = [s for at, s in old_here.items() if at < past and at not in listed]
             kept.append(tuple(earlier + joined))
         self.streams = StreamBatch(tuple(kept))
+        self.layouts.clear()
         for i, (old, sample) in enumerate(zip(self.samples, kept, strict=True)):
             if sample == old.streams:
                 continue
@@ -163,6 +206,8 @@ class FlexRequest:
         other = FlexRequest.__new__(FlexRequest)
         memo[id(self)] = other
         other.streams, other.weights, other.prefix = self.streams, self.weights, self.prefix
+        other.explicit, other.layouts = self.explicit, {}
+        other.static = self.static
         other.max_position, other.tables = self.max_position, dict(self.tables)
         other.kv = copy.deepcopy(self.kv, memo)
         other.samples = []

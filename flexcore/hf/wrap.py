@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import FlexConfig
 from ..errors import UnsupportedModelError, WrapStateError
 from .binding import FlexBinding
-from .dry_run import attention_sites
-from .interface import registered_name
-from .projection import AttentionSite, FineProjection, key_value_modules, zero_query
+from .dry_run import explore, text_decoder
+from .fine_projections import FineProjections
+from .offload import check_forward, rebind_forward, without_peft
+from .probes import Findings
+from .projection import FineProjection, key_value_modules, zero_query
+from .shared import SharedProjection
+from .site import AttentionSite
 from .wrapped import wrapped_class
 
 Model = TypeVar("Model")
@@ -26,7 +30,8 @@ def wrap(model: Model, config: FlexConfig | None = None) -> Model:
     filled in, `model.flex_fine` the new parameters.
 
     Args:
-        model: A transformers model whose text decoder's attention goes through the attention interface.
+        model: A transformers model whose text decoder's attention goes through the attention interface, or a peft
+            model around one.
         config: Default: `FlexConfig()`.
 
     Raises:
@@ -39,24 +44,22 @@ def wrap(model: Model, config: FlexConfig | None = None) -> Model:
         raise ValueError(f"config must be a FlexConfig, got {type(config).__name__}")
     if is_wrapped(model):
         raise WrapStateError("wrap: this model is wrapped already; call flexcore.unwrap(model) first")
+    inner = without_peft(model)
+    if inner is not model:
+        wrap(inner, config)
+        return model
     if not hasattr(model, "get_decoder") or not hasattr(model, "config"):
         raise UnsupportedModelError(f"wrap takes a transformers model, got {type(model).__name__}")
     target: Any = model
-    decoder = target.get_decoder()
+    decoder = text_decoder(target)
+    check_forward(target, "wrap")
     name = type(model).__name__
     base = decoder.config._attn_implementation
     before = _implementations(decoder)
     try:
-        own = registered_name(base)
-        decoder.set_attn_implementation(own)
-        if decoder.config._attn_implementation != own:
-            raise UnsupportedModelError(
-                f"{name} has attention code of its own that doesn't dispatch through transformers' attention "
-                "interface; use a model class whose attention does"
-            )
-        sites = attention_sites(decoder, name)
-        config = resolve(config, sites, name)
-        binding = _bind(target, config, sites, base)
+        found = explore(target, decoder, name, base)
+        config = resolve(config, found.sites, name)
+        binding = _bind(target, config, found, base)
     except BaseException:
         _restore(before)
         raise
@@ -64,6 +67,7 @@ def wrap(model: Model, config: FlexConfig | None = None) -> Model:
     target.flex_config = binding.config
     target._flex_binding = binding
     target.__class__ = wrapped_class(target.__class__)
+    rebind_forward(target)
     return model
 
 
@@ -75,7 +79,7 @@ def resolve(config: FlexConfig, sites: dict[int, AttentionSite], name: str) -> F
     """
     depth = max(sites) + 1
     able = [layer for layer, site in sites.items() if site.reads]
-    first = depth // 4 if config.first_layer is None else config.first_layer
+    first = min(depth // 4, able[-2]) if config.first_layer is None else config.first_layer
     if first >= depth:
         raise ValueError(f"first_layer must be a layer of {name} (0..{depth - 1}), got {first}")
     readers = [layer for layer in able if layer >= first][1:]
@@ -94,13 +98,14 @@ def resolve(config: FlexConfig, sites: dict[int, AttentionSite], name: str) -> F
     return config.replace(first_layer=first, layers=tuple(readers))
 
 
-def _bind(model: Any, config: FlexConfig, sites: dict[int, AttentionSite], base: str) -> FlexBinding:
+def _bind(model: Any, config: FlexConfig, found: Findings, base: str) -> FlexBinding:
     assert config.layers is not None
-    eligible = {layer: site for layer, site in sites.items() if site.reads}
+    eligible = {layer: site for layer, site in found.sites.items() if site.reads}
     std = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-    fine = nn.ModuleDict()
+    fine = FineProjections()
+    shared: dict[int, SharedProjection] = {}
     stubs: dict[int, nn.Module | None] = {}
-    known: dict[Any, tuple[tuple[str, ...], nn.Module | None]] = {}
+    known: dict[Any, tuple[tuple[str, ...], dict[str, Tensor], nn.Module | None]] = {}
     for layer in config.layers:
         site = eligible[layer]
         if config.fine_norm and not _is_norm(site.norm):
@@ -109,12 +114,15 @@ def _bind(model: Any, config: FlexConfig, sites: dict[int, AttentionSite], base:
             )
         kind = (type(site.attention), tuple((n, p.shape) for n, p in site.attention.named_parameters()))
         if kind not in known:
-            names = key_value_modules(site)
-            known[kind] = (names, zero_query(site, names))
-        names, stubs[layer] = known[kind]
-        fine[str(layer)] = FineProjection(site, names, config.init, std or 0.02)
+            names, rows = key_value_modules(site)
+            known[kind] = (names, rows, zero_query(site, names))
+        names, rows, stubs[layer] = known[kind]
+        if config.share_kv_projections:
+            shared[layer] = SharedProjection(site, names)
+        else:
+            fine[str(layer)] = FineProjection(site, names, rows, config.init, std or 0.02)
     width = next(iter(eligible.values())).width
-    return FlexBinding(config, eligible, fine, stubs, width, base)
+    return FlexBinding(config, eligible, fine, stubs, width, base, found.implementation, found.ear, shared)
 
 
 def _is_norm(module: nn.Module | None) -> bool:
@@ -147,17 +155,17 @@ def unwrap(model: Model) -> Model:
     Raises:
         WrapStateError: The model isn't wrapped, or a request is running.
     """
-    target: Any = model
+    target: Any = without_peft(model)
     binding = getattr(model, "_flex_binding", None)
     if binding is None:
         raise WrapStateError("unwrap: this model isn't wrapped")
     binding.check_idle("unwrap")
-    own = registered_name(binding.base)
     for module in target.modules():
         config: Any = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation_internal", None) == own:
+        if getattr(config, "_attn_implementation_internal", None) == str(binding.implementation):
             config._attn_implementation_internal = binding.base
     target.__class__ = target._flex_base
+    rebind_forward(target)
     del target.flex_fine, target.flex_config, target._flex_binding
     return model
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flexcore
-from flexcore.hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
+from flexcore.hf.checkpoint import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 
 from .helpers import Sample, batch, forward, make, wrapped
 
@@ -21,9 +21,9 @@ def saved(tmp_path):
     return model, tmp_path
 
 
-def test_the_folder_holds_the_new_weights_and_nothing_else(saved):
+def test_the_folder_holds_the_new_weights_a_card_and_nothing_else(saved):
     model, folder = saved
-    assert sorted(p.name for p in folder.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert {p.name for p in folder.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
     tensors = load_file(folder / WEIGHTS_NAME)
     assert set(tensors) == set(model.flex_fine.state_dict())
     meta = json.loads((folder / CONFIG_NAME).read_text())

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import flexcore
+from flexcore.errors import SourceError
 from flexcore.hf.wrapped import ON_CACHE
+from flexcore.tiled_source import TiledSource, UnitEncoder
 
 from .helpers import GRID, KINDS, WIDE, Sample, batch, forward, generate, lazy, make, plain, wrapped
 
@@ -244,3 +246,68 @@ def test_attention_backends_agree(attention):
     assert float((found - expected)[valid].abs().max()) < 5e-5
     flexcore.unwrap(model)
     assert model.get_decoder().config._attn_implementation == attention
+
+
+class PoisonedSource(flexcore.TensorSource):
+    """Leaves NaN in every row that must not be read."""
+
+    def features(self, regions):
+        out = super().features(regions)
+        tokens = self.grid.tokens(regions)
+        dead = (tokens < 0) | ~self.grid.fine_valid[tokens.clamp(min=0)]
+        return out.masked_fill(dead[..., None], float("nan"))
+
+
+@pytest.mark.parametrize("selector", ["all", "top_k"])
+def test_what_must_not_be_read_never_reaches_an_output(selector):
+    model = wrapped("llama", selector=selector)
+    samples = [Sample(grids=[WIDE]), Sample(grids=[GRID, WIDE], seed=1)]
+    clean, poisoned = batch("llama", samples), batch("llama", samples, source=PoisonedSource)
+    assert torch.equal(forward(model, poisoned), forward(model, clean))
+
+
+def tiled(grid, encoder, key):
+    return TiledSource(grid, (6, 6), encoder, key, f"scan {key}")
+
+
+def test_a_batch_encodes_in_common_micro_batches_and_skips_what_cannot_be_read():
+    features = [torch.randn(GRID.n_fine, 64, generator=torch.Generator().manual_seed(k)) for k in range(2)]
+    calls, broken = [], set()
+
+    def encode(units):
+        calls.append(len(units))
+        if broken & set(units):
+            raise OSError("unreadable block")
+        maps = [features[k].view(3, 6, 3, 6, 64).transpose(1, 2).reshape(9, 36, 64)[u] for k, u in units]
+        return torch.stack(maps)
+
+    def inputs(on_error="raise"):
+        encoder = UnitEncoder(encode, 64, micro_batch=4, on_error=on_error)
+        keys = iter(range(2))
+        return batch("llama", [Sample(), Sample(seed=1)], source=lambda f, g: tiled(g, encoder, next(keys)))
+
+    eager = batch("llama", [Sample(), Sample(seed=1)])
+    for sample, own in zip(eager["flex_streams"].samples, features, strict=True):
+        sample[0].source.tensor = own
+    model = wrapped("llama", selector="top_k", top_k=3)
+    assert torch.equal(forward(model, inputs()), forward(model, eager))
+    assert max(calls) == 4 and sum(calls) <= 18
+
+    everything = wrapped("llama", selector="all")
+    broken |= {(0, 4), (1, 0)}
+    with pytest.raises(SourceError, match=r"scan 0, tile 4 of 9 can't be read: unreadable block"):
+        forward(everything, inputs())
+    with pytest.warns(UserWarning, match="it is left out"), flexcore.trace(everything) as trace:
+        found = forward(everything, inputs("skip"))
+    # the same as never having had those tiles
+    streams = []
+    for sample, lost in zip(eager["flex_streams"].samples, (4, 0), strict=True):
+        valid = torch.ones(3, 3, 6, 6, dtype=torch.bool)
+        valid[lost // 3, lost % 3] = False
+        valid = valid.transpose(1, 2).reshape(-1)
+        streams.append((flexcore.FineStream(GRID, sample[0].coarse_positions, valid, sample[0].source),))
+    expected = forward(everything, {**eager, "flex_streams": flexcore.StreamBatch(tuple(streams))})
+    assert torch.equal(found, expected)
+    lost = ~trace.where(sample=0, layer=4)[0].regions
+    assert int(lost.sum()) == 4  # the tile's four regions, once they were known to be unreadable
+    broken.clear()
