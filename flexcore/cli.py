@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ._version import __version__
 
@@ -41,6 +42,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     adapters.set_defaults(run=_adapters)
 
+    families = commands.add_parser(
+        "families", help="measure which model families work on the installed transformers"
+    )
+    families.add_argument("names", nargs="*", help="families to try; default: all that are known")
+    form = families.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json", action="store_true", help="print a JSON list of name, kind, supported and reason"
+    )
+    form.add_argument(
+        "--readme", action="store_true", help="write the table into a README between its markers"
+    )
+    families.set_defaults(run=_families)
+
     doctor = commands.add_parser("doctor", help="check this environment and say what to do")
     doctor.add_argument(
         "--json",
@@ -63,6 +77,21 @@ def _adapters(arguments: argparse.Namespace) -> int:
         print(f"{row['name'] or '':<{width}}  {row['distribution']}")
         if row["error"]:
             print(f"{'':<{width}}  FAILED: {row['error']}")
+    return 0
+
+
+def _families(arguments: argparse.Namespace) -> int:
+    from .hf import support
+
+    try:
+        rows = support.measure(arguments.names or None)
+        if arguments.readme:
+            support.write_readme(Path("README.md"), rows)
+        else:
+            print(json.dumps(rows, indent=2) if arguments.json else support.table(rows))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

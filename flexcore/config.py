@@ -54,7 +54,8 @@ class FlexConfig:
         regions: How adapters lay out regions: `blocks`, or the `official` 9x9 lattice.
         region_size: Side of a block, in fine tokens.
         static: Project every region after the prompt and let decode steps select by mask, in fixed shapes and without
-            syncs, for `torch.compile`; `fine_cache_bytes` has no meaning then.
+            syncs, for `torch.compile`. `fine_cache_bytes` has no meaning then. Models with cross-attention go on as
+            without it.
         fine_cache_bytes: Budget of one request's projected fine keys and values; None is unlimited.
         alpha_warmup: `alpha = min(1, epoch * alpha_warmup)` in training (semantics section 6).
 

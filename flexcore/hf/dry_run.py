@@ -159,8 +159,13 @@ def explore(model: nn.Module, decoder: nn.Module, name: str, base: str) -> Findi
         _use(decoder, own, base)
         trial = _Trial(model, decoder)
         plain = _reference(trial, name)
-        for carried in (False, True):
-            own = _switch(decoder, registered_name(base, carried), base, name)
+        # where modeling code asks for the name, it may do so to decide whether to dispatch at all
+        for carried, disguised in ((False, True), (False, False), (True, True), (True, False)):
+            if not disguised:
+                if not isinstance(own, TransparentName):
+                    continue  # it went by its plain name just now
+                _use(decoder, own, base)
+            own = _switch(decoder, registered_name(base, carried), base, name, disguised)
             probe, watch = Probe(), Watch()
             token = CARRIED.set(probe)
             try:
@@ -224,8 +229,16 @@ def _reference(trial: _Trial, name: str) -> tuple[list[Tensor], list[Any]]:
         ) from error
 
 
-def _switch(decoder: nn.Module, own: str, base: str, name: str) -> str:
-    """Set our attention function on the decoder; returns the name it goes by."""
+def _switch(decoder: nn.Module, own: str, base: str, name: str, disguised: bool = True) -> str:
+    """Set our attention function on the decoder; returns the name it goes by.
+
+    Args:
+        decoder: The decoder.
+        own: The name that our function is registered under.
+        base: The name of the base backend.
+        name: The model's class's name, for messages.
+        disguised: Pass for the base where modeling code asks for its name.
+    """
     decoder.set_attn_implementation(own)  # type: ignore[operator]
     config: Any = decoder.config
     if config._attn_implementation != own:
@@ -233,7 +246,7 @@ def _switch(decoder: nn.Module, own: str, base: str, name: str) -> str:
             f"{name} has attention code of its own that doesn't dispatch through transformers' attention "
             "interface; use a model class whose attention does"
         )
-    if _asks_for_the_name(decoder, base):
+    if disguised and _asks_for_the_name(decoder, base):
         _use(decoder, own, own := TransparentName(own, base))
     return own
 

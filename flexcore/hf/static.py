@@ -39,14 +39,19 @@ class StaticFine:
             cells[i, : len(sample.cells)] = sample.cells
             if sample.streams:
                 valid[i, : sample.n_regions, : sample.page] = sample.valid(torch.arange(sample.n_regions))
-        # by layer: keys [S, U, P, Hkv, D], values, and which tokens are real [S, U, P]
+        # by layer: keys [S, Hkv, U, P, D], values, and which tokens are real [S, U, P]
         self.layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for layer in binding.reads_from:
-            parts = [
-                context._fine(layer, i, torch.arange(s.n_regions)) if s.streams else None
-                for i, s in enumerate(samples)
-            ]
-            key, value = (self._dense([p and p[j] for p in parts], regions, page) for j in range(2))
+            keys: list[Tensor | None] = []
+            values: list[Tensor | None] = []
+            for i, sample in enumerate(samples):
+                fine: Any = (None, None)
+                if sample.streams:
+                    fine = context._fine(layer, i, torch.arange(sample.n_regions))
+                    fine = (t.unflatten(1, (sample.n_regions, sample.page)) for t in fine)
+                for held, part in zip((keys, values), fine, strict=True):
+                    held.append(part)
+            key, value = (self._dense(parts, regions, page) for parts in (keys, values))
             self.layers[layer] = (key, value, valid.to(key.device))
         # by layer that selects: the sequence indices of coarse tokens [S, M]
         self.cells = {
@@ -56,10 +61,10 @@ class StaticFine:
     @staticmethod
     def _dense(parts: list[Tensor | None], regions: int, page: int) -> Tensor:
         like = next(p for p in parts if p is not None)
-        out = like.new_zeros(len(parts), regions, page, *like.shape[2:])
+        out = like.new_zeros(len(parts), like.shape[0], regions, page, like.shape[-1])
         for row, part in zip(out, parts, strict=True):
             if part is not None:
-                row[: part.shape[0], : part.shape[1]] = part
+                row[:, : part.shape[1], : part.shape[2]] = part
         return out
 
     def holds(self, index: int, sample: SampleState) -> bool:
@@ -70,7 +75,8 @@ class StaticFine:
         """Keys `[n, page, Hkv, D]` and values of some of a sample's regions."""
         key, value, _ = self.layers[layer]
         at = regions.to(key.device)
-        return key[index, at, :page], value[index, at, :page]
+        key, value = (t[index, :, at, :page].movedim(0, 2) for t in (key, value))
+        return key, value
 
 
 class StaticContext:
@@ -139,8 +145,8 @@ class StaticContext:
             query.view(samples, beams, *query.shape[1::2]).transpose(1, 2),
             None,
             None,
-            fine_key.flatten(1, 2).transpose(1, 2),
-            fine_value.flatten(1, 2).transpose(1, 2),
+            fine_key.flatten(2, 3),
+            fine_value.flatten(2, 3),
             fine_mask=RegionRows(self.selected[source].unflatten(0, (samples, beams)), valid),
             scaling=scaling,
             softcap=softcap,
@@ -184,7 +190,13 @@ def static_step(
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(request, FlexRequest) or request.static is None or cache is None or tokens is None:
         return None
-    if tokens.shape[1] != 1 or torch.is_grad_enabled() or binding.traces or binding.carried:
+    if (
+        tokens.shape[1] != 1
+        or torch.is_grad_enabled()
+        or binding.traces
+        or binding.carried
+        or binding.crosses
+    ):
         return None
     past = cache.get_seq_length()
     if not torch.compiler.is_compiling():
@@ -201,7 +213,9 @@ def static_step(
 def project_all(context: FlexContext) -> None:
     """After a forward pass in static mode: project what isn't yet, once all media have passed through."""
     request = context.request
-    if not context.keep or not any(s.streams for s in request.samples) or not request.knows_positions:
+    if not context.keep or context.binding.crosses or not any(s.streams for s in request.samples):
+        return
+    if not request.knows_positions:
         return
     if request.static is None or not all(request.static.holds(i, s) for i, s in enumerate(request.samples)):
         request.static = StaticFine(context)

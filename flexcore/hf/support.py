@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .families import Family, Sample, families
 from .wrap import attached
 
 CHANGED, UNCHANGED = 1e-3, 1e-5
+MARKERS = "<!-- families: measured -->", "<!-- families: end -->"
 
 
 def measure(names: Collection[str] | None = None, progress: bool = True) -> list[dict[str, Any]]:
@@ -90,6 +92,43 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append("")
         lines.append(f"{sum(row['supported'] for row in own)} of {len(own)} {kind} families work.")
     return "\n".join(lines)
+
+
+def readme_section(rows: list[dict[str, Any]]) -> str:
+    """What a README says of the support table: how many, which, and why not the others."""
+    from transformers import __version__ as version
+
+    lines = [f"Measured on transformers {version} with `flexcore families`:", ""]
+    for kind in ("text", "multimodal"):
+        own = [row for row in rows if row["kind"] == kind]
+        names = ", ".join(row["name"] for row in own if row["supported"])
+        lines.append(
+            f"**{sum(row['supported'] for row in own)} of {len(own)} {kind} families work**: {names}."
+        )
+        lines.append("")
+    refused = [row for row in rows if not row["supported"]]
+    lines += [
+        "<details><summary>Refused by <code>wrap</code>, and why</summary>",
+        "",
+        "| family | why not |",
+        "|---|---|",
+    ]
+    lines += [f"| {row['name']} | {str(row['reason']).replace('|', chr(92) + '|')} |" for row in refused]
+    return "\n".join([*lines, "", "</details>"])
+
+
+def write_readme(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace what stands between a README's markers.
+
+    Raises:
+        ValueError: The file has no markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    start, end = text.find(MARKERS[0]), text.find(MARKERS[1])
+    if start < 0 or end < start:
+        raise ValueError(f"{path} must hold the lines {MARKERS[0]} and {MARKERS[1]}")
+    section = f"{MARKERS[0]}\n{readme_section(rows)}\n"
+    path.write_text(text[:start] + section + text[end:], encoding="utf-8")
 
 
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:

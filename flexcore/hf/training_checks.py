@@ -10,6 +10,7 @@ from torch import Tensor
 from ..sources import FineSource, TensorSource
 from ..streams import StreamBatch
 from .fine_projections import FineProjections
+from .offload import execution_device
 
 
 def trains_together(fine: FineProjections) -> bool:
@@ -66,7 +67,7 @@ def check_reentrant_inputs(model: Any, inputs: dict[str, Any]) -> None:
     given = inputs.get("inputs_embeds")
     if given is None:
         embed = model.get_input_embeddings()
-        given = embed(torch.zeros(1, 1, dtype=torch.long, device=inputs["input_ids"].device))
+        given = embed(torch.zeros(1, 1, dtype=torch.long, device=execution_device(embed)))
     if not given.requires_grad:
         raise ValueError(
             "use_reentrant must be False for gradient checkpointing when the input embeddings don't require grad, "

@@ -28,7 +28,7 @@ def model_to_train():
 
 
 def sharded(model):
-    """Sharded as accelerate does it, which itself takes FSDP on accelerators only: the decoder layers, then the rest."""
+    """Sharded as accelerate would: the decoder layers, then the rest. (It takes FSDP on accelerators only.)"""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

@@ -148,7 +148,7 @@ def test_everything_selected_equals_dense_cross_attention(kind):
     out = attention.o if kind == "t5" else attention.out_proj
 
     def hook(module, args, kwargs, result):
-        seen["hidden"], seen["found"] = args[0], result[0]
+        seen["hidden"], seen["found"] = args[0] if args else kwargs["hidden_states"], result[0]
 
     handle = attention.register_forward_hook(hook, with_kwargs=True)
     forward(model, batch)
