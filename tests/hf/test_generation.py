@@ -311,3 +311,16 @@ def test_a_batch_encodes_in_common_micro_batches_and_skips_what_cannot_be_read()
     lost = ~trace.where(sample=0, layer=4)[0].regions
     assert int(lost.sum()) == 4  # the tile's four regions, once they were known to be unreadable
     broken.clear()
+
+
+@pytest.mark.slow
+def test_a_quantised_cache():
+    pytest.importorskip("optimum.quanto", reason="transformers' quantised cache needs optimum-quanto")
+    inputs = batch("llama", [Sample()])
+    rounded = {"backend": "quanto", "nbits": 4, "residual_length": 8, "q_group_size": 16}
+    settings = {"cache_implementation": "quantized", "cache_config": rounded}
+    off = generate(make("llama"), plain(inputs), **settings)
+    assert torch.equal(generate(wrapped("llama", fraction=0.0), inputs, **settings), off)
+    out = generate(wrapped("llama"), inputs, **settings, return_dict_in_generate=True)
+    assert set(request_of(out).kv.projected.values()) == {1}
+    assert out.sequences.shape == off.shape and not torch.equal(out.sequences, off)

@@ -1,4 +1,4 @@
-"""Plain Whisper out of its converted file hears what was said."""
+"""Whisper out of its converted file hears what was said; wrapped, it reads full-rate states over pooled ones."""
 
 import wave
 from pathlib import Path
@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+import flexcore
 
 pytestmark = pytest.mark.slow
 
@@ -40,3 +44,35 @@ def test_plain_whisper_transcribes(whisper: tuple[Any, Any], utterances: list[tu
     total = sum(len(words(said)) for _, said in utterances)
     assert total > 50
     assert wrong / total < 0.15, heard
+
+
+def pooled(model: Any, features: Any, width: int = 10) -> tuple[Any, Any]:
+    """The encoder's states, and their means over `width` neighbours."""
+    with torch.no_grad():
+        states = model.get_encoder()(features).last_hidden_state
+    return states, states.unflatten(1, (-1, width)).mean(2)
+
+
+def test_wrapped_whisper_reads_full_rate_states(
+    whisper: tuple[Any, Any], utterances: list[tuple[Path, str]]
+) -> None:
+    model, processor = whisper
+    inputs = processor([samples(utterances[0][0])], sampling_rate=16000, return_tensors="pt")
+    states, coarse = pooled(model, inputs["input_features"])
+    grid = flexcore.Grid.blocks((coarse.shape[1],), (states.shape[1],), region=50)
+    streams = flexcore.StreamBatch.from_features([states[0]], grid, [torch.arange(coarse.shape[1])])
+
+    def answer(streams: Any = None) -> torch.Tensor:
+        media = {} if streams is None else {"flex_streams": streams}
+        out = BaseModelOutput(coarse.clone())
+        return model.generate(encoder_outputs=out, do_sample=False, max_new_tokens=20, **media)
+
+    plain = answer()
+    with flexcore.attached(model, flexcore.FlexConfig(first_layer=0, selector="top_k", fraction=0.0)):
+        assert torch.equal(answer(), plain) and torch.equal(answer(streams), plain)
+    with flexcore.attached(model, flexcore.FlexConfig(first_layer=0, selector="top_k", fraction=0.2)):
+        assert model.flex_config.layers == (1, 2, 3)
+        with flexcore.trace(model) as trace:
+            read = answer(streams)
+        assert not torch.equal(read, plain)
+        assert all(int(r.regions.sum()) == 6 for r in trace)
