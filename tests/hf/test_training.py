@@ -149,3 +149,24 @@ def test_no_attention_map_is_ever_made(readout):
     assert not square
     wide = [s for s in seen if len(s) == 4 and s[-1] > 1024 and s[-2] > 1]
     assert wide and max(4 * torch.Size(s).numel() for s in wide) <= 64 << 20
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("selector", ["threshold", "all"])
+def test_answer_rows_before_the_medium_read_nothing(reference, selector):
+    flex = {"regions": "official", "positions": "official"} if reference else {}
+    grid = flexcore.Grid.official(6, 18) if reference else GRID
+    model = wrapped("llama", selector=selector, **flex)
+    inputs = batch("llama", [Sample(before=6, grids=[grid])])
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, 2:5] = inputs["input_ids"][:, 2:5]
+    with flexcore.trace(model) as trace:
+        found = forward(model, {**inputs, "labels": labels})
+    assert torch.equal(found, forward(model, plain(inputs)))
+    assert len(trace) > 0 and not any(bool(r.regions.any()) for r in trace)
+    # the whole run before the medium, and one row after it: only that row reads
+    labels[:, -1] = inputs["input_ids"][:, -1]
+    changed = (forward(model, {**inputs, "labels": labels}) != found).any(-1)[0]
+    assert changed.nonzero()[:, 0].tolist() == [len(changed) - 2, len(changed) - 1]
+    grads = gradients(model.train(), {**inputs, "labels": labels})
+    assert all(bool(g.isfinite().all()) for g in grads.values())
