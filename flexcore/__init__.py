@@ -25,16 +25,16 @@ from flexcore.trace import Trace, trace
 if TYPE_CHECKING:
     from flexcore.hf.checkpoint import load_adapter_weights, save_adapter_weights
     from flexcore.hf.pretrained import from_pretrained
-    from flexcore.hf.wrap import attached, is_wrapped, unwrap, wrap
+    from flexcore.hf.wrapping import attached, is_wrapped, unwrap, wrap
 
 _LAZY = {
-    "attached": "flexcore.hf.wrap",
+    "attached": "flexcore.hf.wrapping",
     "from_pretrained": "flexcore.hf.pretrained",
-    "is_wrapped": "flexcore.hf.wrap",
+    "is_wrapped": "flexcore.hf.wrapping",
     "load_adapter_weights": "flexcore.hf.checkpoint",
     "save_adapter_weights": "flexcore.hf.checkpoint",
-    "unwrap": "flexcore.hf.wrap",
-    "wrap": "flexcore.hf.wrap",
+    "unwrap": "flexcore.hf.wrapping",
+    "wrap": "flexcore.hf.wrapping",
 }
 
 __all__ = [

@@ -26,7 +26,7 @@ TINT = 0.22  # opacity of the tint on the region that was read most
 Box = tuple[int, int, int, int]
 
 
-def overlay(image: Any, grid: Grid, weights: Tensor) -> Image:
+def overlay(image: Any, grid: Grid, weights: Tensor, top: float | None = None) -> Image:
     """Show what was read: regions nobody read are dimmed, read ones light up, brighter and warmer the more often.
 
     Colours are relative to the region that was read most, so that a long answer stays as readable as a short one.
@@ -36,6 +36,7 @@ def overlay(image: Any, grid: Grid, weights: Tensor) -> Image:
             `[3, H, W]`; floats in `[0, 1]`.
         grid: The medium's lattice, two axes; its padding is cut away, since the image has none.
         weights: `[n_regions]` in `[0, 1]`, how often each region was read (see `Trace.looked_at`).
+        top: The weight that is shown warmest, for pictures that are compared; None takes this picture's largest.
 
     Returns:
         An RGB picture of the image's own size.
@@ -45,7 +46,7 @@ def overlay(image: Any, grid: Grid, weights: Tensor) -> Image:
     """
     from PIL import Image, ImageDraw, ImageEnhance
 
-    shares = _relative(weights, grid)
+    shares = _relative(weights, grid, top)
     photo = open_photo(image)
     boxes = region_boxes(grid, photo.size)
     shown = ImageEnhance.Brightness(ImageEnhance.Color(photo).enhance(DIM)).enhance(DIM)
@@ -161,14 +162,15 @@ def open_photo(image: Any) -> Image:
     return open_photo(Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8))))
 
 
-def _relative(weights: Tensor, grid: Grid) -> list[float]:
-    """The weights, checked, as shares of the largest one."""
+def _relative(weights: Tensor, grid: Grid, top: float | None = None) -> list[float]:
+    """The weights, checked, as shares of the largest one, or of `top`."""
     weights = torch.as_tensor(weights).detach().to("cpu", torch.float32)
     if weights.shape != (grid.n_regions,):
         raise ValueError(f"weights must be [n_regions={grid.n_regions}], got {list(weights.shape)}")
     if not bool(((weights >= 0) & (weights <= 1)).all()):
         raise ValueError(f"weights must lie in [0, 1], got {float(weights.min())}..{float(weights.max())}")
-    shares: list[float] = (weights / weights.max().clamp(min=torch.finfo(torch.float32).tiny)).tolist()
+    largest = max(float(weights.max()) if top is None else top, torch.finfo(torch.float32).tiny)
+    shares: list[float] = (weights / largest).clamp(max=1).tolist()
     return shares
 
 

@@ -18,7 +18,7 @@ _RATE, _HOP, _MELS = 16000, 160, 96
 _COLUMNS = 1800  # of the picture; a longer recording's are averages
 _BLOCK = 30  # seconds read at once
 _RANGE = 70.0  # decibels shown
-_PALE, _DEEP = 0.06, 0.5  # of the colour map: a region that was hardly read, and the one that was read most
+_PALE, _DEEP = 0.2, 0.55  # of the colour map: a region that was hardly read, and the one that was read most
 
 
 def levels(recording: Recording, columns: int = _COLUMNS) -> tuple[Tensor, float]:
@@ -141,11 +141,11 @@ def _colours(spectrum: np.ndarray, share: np.ndarray) -> Any:
 
 
 def _marker(share: np.ndarray) -> Any:
-    """RGB of a region by how often it was read; white where it wasn't."""
+    """RGB of a region by how often it was read: from white where it wasn't to orange."""
     from matplotlib import colormaps
 
     colour = colormaps["YlOrRd"](_PALE + (_DEEP - _PALE) * share)[..., :3]
-    return np.where(share[..., None] > 0, colour, 1.0)
+    return 1 - (1 - colour) * share[..., None] ** 0.7
 
 
 def _mel(hertz: float) -> float:

@@ -8,27 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import load_adapter_weights, read_adapter_config, save_adapter_weights
-    from .collate import collate
+    from .collation import collate
     from .embedding import EmbeddingAdapter
     from .official import import_official_checkpoint
     from .pretrained import from_pretrained
     from .processing import Adapter, View
-    from .wrap import attached, is_wrapped, unwrap, wrap
+    from .wrapping import attached, is_wrapped, unwrap, wrap
 
 _HOMES = {
     "Adapter": "processing",
     "EmbeddingAdapter": "embedding",
     "View": "processing",
-    "attached": "wrap",
-    "collate": "collate",
+    "attached": "wrapping",
+    "collate": "collation",
     "from_pretrained": "pretrained",
     "import_official_checkpoint": "official",
-    "is_wrapped": "wrap",
+    "is_wrapped": "wrapping",
     "load_adapter_weights": "checkpoint",
     "read_adapter_config": "checkpoint",
     "save_adapter_weights": "checkpoint",
-    "unwrap": "wrap",
-    "wrap": "wrap",
+    "unwrap": "wrapping",
+    "wrap": "wrapping",
 }
 
 __all__ = [

@@ -251,7 +251,7 @@ class FlexcoreModel(lmms):
         """Loss and greediness of a batch of (prompt, its inputs, continuation)."""
         import torch
 
-        from .collate import collate
+        from .collation import collate
 
         features, answers = [], []
         for prompt, inputs, target in rows:

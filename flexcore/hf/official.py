@@ -29,7 +29,7 @@ from ..errors import WeightsMismatchError
 from .checkpoint import fill
 from .model_card import ranges
 from .official_files import OfficialFiles
-from .wrap import wrap
+from .wrapping import wrap
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from ..config import FlexConfig
 from ..errors import WeightsMismatchError
 from .checkpoint import CONFIG_NAME, check_fit, fill
 from .saving import PREFIX, Checkpoint
-from .wrap import wrap
+from .wrapping import wrap
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from flexcore.grid import Grid
 from flexcore.sources import FineSource
 from flexcore.streams import FineStream, StreamBatch
 
-from .collate import collate
+from .collation import collate
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -133,10 +133,8 @@ class Adapter(ABC):
         views = self.views([medium for sample in media for medium in sample])
         inputs = self.process(texts, views, **kwargs)
         rest = iter(views)
-        cells = [[next(rest).grid.n_coarse for _ in sample] for sample in media]
         # Positions before features: a mismatch must show before the encoder runs.
-        ids, lead = inputs["input_ids"], self.lead_tokens
-        positions = find_positions(ids, self._token_id(), cells, lead, self.medium)
+        positions = self.positions(inputs["input_ids"], [[next(rest) for _ in sample] for sample in media])
         streams = iter(self._streams(views))
         samples = tuple(tuple(next(streams).at(p) for p in sample) for sample in positions)
         return FlexInputs({**inputs, "flex_streams": StreamBatch(samples)})
@@ -153,6 +151,31 @@ class Adapter(ABC):
         """Run the model's own processor on the text and the coarse views."""
         media = [view.coarse for view in views] or None
         return self.processor(text=texts, return_tensors="pt", **{self.keyword: media}, **kwargs)
+
+    def positions(self, input_ids: Tensor, media: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
+        """Where the coarse tokens of every sample's media sit; see `find_positions`.
+
+        Args:
+            input_ids: `[B, T]`.
+            media: Each sample's views, in the order of its text.
+        """
+        cells = [[view.grid.n_coarse for view in sample] for sample in media]
+        return find_positions(input_ids, self._token_id(), cells, self.lead_tokens, self.medium)
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for one medium in a prompt.
+
+        Raises:
+            ValueError: The processor has no such token.
+        """
+        token = getattr(self.processor, f"{self.medium}_token", None)
+        if token is None:
+            raise ValueError(
+                f"{type(self.processor).__name__} has no {self.medium}_token, so it isn't the processor of a model "
+                f"that takes {self.keyword}"
+            )
+        return str(token)
 
     def deal(self, text: str | Sequence[str], media: Any) -> tuple[list[str], list[list[Any]]]:
         """Deal media out to samples by their placeholders.
@@ -172,12 +195,7 @@ class Adapter(ABC):
             raise TypeError(
                 f"text must be a string or a list of strings, got {type(text).__name__}: {texts[:1]!r}"
             )
-        token = getattr(self.processor, f"{self.medium}_token", None)
-        if token is None:
-            raise ValueError(
-                f"{type(self.processor).__name__} has no {self.medium}_token, so it isn't the processor of a model "
-                f"that takes {self.keyword}"
-            )
+        token = self.placeholder
         needed = [t.count(token) for t in texts]
         if media is None:
             media = []
@@ -253,8 +271,9 @@ class Adapter(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         new = copy.copy(self)
         memo[id(self)] = new
+        memo.setdefault(id(self.model), self.model)  # also for what else of ours holds it
         for name, value in vars(self).items():
-            new.__dict__[name] = memo.get(id(value), value) if name == "model" else copy.deepcopy(value, memo)
+            new.__dict__[name] = copy.deepcopy(value, memo)
         return new
 
 

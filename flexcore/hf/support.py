@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import FlexConfig
 from ..errors import UnsupportedModelError
 from .families import Family, Sample, families
-from .wrap import attached
+from .wrapping import attached
 
 CHANGED, UNCHANGED = 1e-3, 1e-5
 MARKERS = "<!-- families: measured -->", "<!-- families: end -->"

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import WrapStateError
-from .collate import collate
+from .collation import collate
 from .inputs import FlexInputs
 from .offload import without_peft
 

@@ -7,7 +7,7 @@ import torch
 
 import flexcore
 from flexcore.hf import EmbeddingAdapter, View
-from flexcore.hf.collate import collate
+from flexcore.hf.collation import collate
 from flexcore.hf.tiny import tiny_llama, tiny_tokenizer
 from tests.hf.helpers import HIDDEN, naive_forward, perturb
 

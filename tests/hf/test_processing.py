@@ -420,3 +420,10 @@ def test_tiny_models_attend_unevenly() -> None:
         assert layer[0, :, -1].amax(-1).mean() > 3 / 40
     config = model.config
     assert (config.num_key_value_heads, config.head_dim, config.vocab_size) == (2, 16, 97)
+
+
+def test_functions_keep_their_names_whatever_was_imported_first() -> None:
+    import flexcore.hf.collation
+    import flexcore.hf.wrapping
+
+    assert callable(flexcore.hf.collate) and callable(flexcore.hf.wrap) and callable(flexcore.wrap)

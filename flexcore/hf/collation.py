@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .inputs import FlexInputs
 
 _SIDES = ("right", "left")
+_PIXELS = ("pixel_values", "pixel_values_videos")
+_OF_MEDIA = (*_PIXELS, "flex_streams")
 
 
 def collate(
@@ -29,8 +31,9 @@ def collate(
 
     Args:
         features: Mappings with `input_ids` `[T]` or `[b, T]`; `attention_mask` (default all ones) and other
-            tensors of that shape, such as `labels` or `readout_mask`; `pixel_values` `[media, ...]` unless there is
-            none; `flex_streams`, a `StreamBatch` of the `b` samples, unless they are text only.
+            tensors of that shape, such as `labels` or `readout_mask`; `pixel_values` `[media, ...]` (a clip's
+            coarse frames one by one) or `pixel_values_videos` `[media, ...]` unless there is none; `flex_streams`, a
+            `StreamBatch` of the `b` samples, unless they are text only.
         tokenizer: Where the padding token is taken from; a processor or an adapter will do.
         pad_token_id: The padding token itself, instead of `tokenizer`.
         padding_side: `right`, or `left` for generation. Padding on the left shifts the media's positions.
@@ -62,21 +65,24 @@ def collate(
     out: dict[str, Any] = {}
     for key in _keys(parts):
         values = [part[key] for part in parts if key in part]
-        if key in ("pixel_values", "flex_streams"):
+        if key in _OF_MEDIA:
             continue
         fill = {"input_ids": pad_token_id or 0, "labels": label_pad}.get(key, 0)
         out[key] = torch.cat([_pad(v, n, fill, padding_side) for v, n in zip(values, missing, strict=True)])
-    pixels = [part["pixel_values"] for part in parts if "pixel_values" in part]
-    if pixels:  # a model that takes the coarse view otherwise has none at all
-        for i, part in enumerate(parts):
-            if "flex_streams" in part and "pixel_values" not in part and part["flex_streams"].n_media:
-                raise StreamError(
-                    f"features[{i}]['flex_streams'] holds {part['flex_streams'].n_media} media, pixel_values 0"
-                )
+    # a model that takes the coarse view otherwise has no pixels at all
+    seen = [any(key in part for key in _PIXELS) for part in parts]
+    for i, part in enumerate(parts):
+        if any(seen) and not seen[i] and "flex_streams" in part and part["flex_streams"].n_media:
+            raise StreamError(
+                f"features[{i}]['flex_streams'] holds {part['flex_streams'].n_media} media, pixel_values 0"
+            )
+    for key in _PIXELS:
+        pixels = [part[key] for part in parts if key in part]
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) > 1:
-            raise ValueError(f"pixel_values must agree in all but the first dimension, got {sorted(shapes)}")
-        out["pixel_values"] = torch.cat(pixels)
+            raise ValueError(f"{key} must agree in all but the first dimension, got {sorted(shapes)}")
+        if pixels:
+            out[key] = torch.cat(pixels)
     if any("flex_streams" in part for part in parts):
         # A sample without streams is text only: it still takes its place in the batch.
         streams = [p.get("flex_streams", StreamBatch(((),) * len(p["input_ids"]))) for p in parts]
@@ -95,7 +101,7 @@ def _part(index: int, feature: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{where}['input_ids'] must be [T] or [b, T], got {list(ids.shape)}")
     part.setdefault("attention_mask", torch.ones_like(ids))
     for key, value in part.items():
-        if key in ("pixel_values", "flex_streams"):
+        if key in _OF_MEDIA:
             continue
         value = torch.as_tensor(value)
         if value.shape != ids.shape:
@@ -114,7 +120,9 @@ def _part(index: int, feature: Mapping[str, Any]) -> dict[str, Any]:
             f"{where}['flex_streams'] is for {len(streams)} sample(s), input_ids for {len(part['input_ids'])}"
         )
     pixels = part.get("pixel_values")
-    if pixels is not None and streams.n_media != len(pixels):
+    # a clip may come as one picture for each of its coarse frames
+    frames = sum(s.grid.coarse[0] if len(s.grid.coarse) == 3 else 1 for sample in streams for s in sample)
+    if pixels is not None and len(pixels) not in (streams.n_media, frames):
         raise StreamError(
             f"{where}['flex_streams'] holds {streams.n_media} media, pixel_values {len(pixels)}"
         )
@@ -125,7 +133,7 @@ def _keys(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = list(dict.fromkeys(key for part in parts for key in part))
     for key in keys:
         lacking = [i for i, part in enumerate(parts) if key not in part]
-        if lacking and key not in ("pixel_values", "flex_streams"):
+        if lacking and key not in _OF_MEDIA:
             raise ValueError(
                 f"{key} must be in all features or in none, it is missing from features {lacking}"
             )
