@@ -160,6 +160,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
         print(
             "no --model: a tiny Audio Flamingo with random weights; where it listens and what it says is noise"
         )
+        # in a model of no size, handing work to a second thread takes longer than doing it
+        torch.set_num_threads(1)
         # Audio Flamingo's own windows of 30 s, 25 coarse tokens a second, in front of a decoder of no size
         model, processor = tiny_audio_flamingo(layers=8, seconds=30)
         model = model if args.dtype == "auto" else model.to(getattr(torch, args.dtype))

@@ -168,15 +168,16 @@ class TiledSource(FineSource):
     """One medium's fine features, encoded tile by tile on demand.
 
     Args:
-        grid: The medium's lattice; its fine axes are whole numbers of tiles.
-        tile: Tile's side in fine tokens, per axis.
+        grid: The medium's lattice.
+        tile: Tile's side in fine tokens, per axis. Where it doesn't divide the grid, the encoder pads the last tile
+            and the tokens past the grid's end are not read.
         encoder: What encodes; several media may share it.
         key: The medium's own number among those of the encoder.
         name: What to call the medium in errors.
         where: Says where a tile lies in the medium's own terms, such as a time stamp.
 
     Raises:
-        ValueError: The tiles don't fill the grid.
+        ValueError: There isn't one side >= 1 per axis.
     """
 
     def __init__(
@@ -189,8 +190,10 @@ class TiledSource(FineSource):
         where: Callable[[int], str] | None = None,
     ):
         tile = tuple(int(t) for t in tile)
-        if len(tile) != len(grid.fine) or any(t < 1 or n % t for t, n in zip(tile, grid.fine, strict=True)):
-            raise ValueError(f"tile must divide the fine grid {grid.fine} on every axis, got {tile}")
+        if len(tile) != len(grid.fine) or min(tile) < 1:
+            raise ValueError(
+                f"tile must hold one side >= 1 per axis of the fine grid {grid.fine}, got {tile}"
+            )
         self.grid = grid
         self.tile = tile
         self.encoder = encoder
@@ -210,7 +213,7 @@ class TiledSource(FineSource):
     @property
     def n_tiles(self) -> int:
         """Tiles in all."""
-        return math.prod(n // t for n, t in zip(self.grid.fine, self.tile, strict=True))
+        return math.prod(-(-n // t) for n, t in zip(self.grid.fine, self.tile, strict=True))
 
     def locate(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tile of each fine token, and its raster index within that tile; both the shape of `tokens`."""
@@ -221,7 +224,7 @@ class TiledSource(FineSource):
             unit = unit + at // side * unit_stride
             inside = inside + at % side * inside_stride
             unit_stride, inside_stride, tokens = (
-                unit_stride * (size // side),
+                unit_stride * -(-size // side),
                 inside_stride * side,
                 tokens // size,
             )

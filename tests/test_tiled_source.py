@@ -21,6 +21,8 @@ GRIDS = {
         (1, 6, 6),
     ),
     "audio-10-over-120": (Grid.blocks((10,), (120,), region=7, tile=30), (30,)),
+    "ragged-10-over-107": (Grid.blocks((10,), (107,), region=7, tile=30), (30,)),
+    "ragged-4x5-over-13x17": (Grid.blocks((4, 5), (13, 17), region=3, tile=(6, 7)), (6, 7)),
     "official-9x9-over-24x24": (Grid.official(8, 24), (8, 8)),
 }
 
@@ -46,10 +48,12 @@ class Media:
         return torch.stack([self.unit(key, index) for key, index in units])
 
     def unit(self, key: int, index: int) -> torch.Tensor:
-        """One tile's features, cut out of the whole map by slicing."""
-        whole = self.features[key].view(*self.grid.fine, WIDTH)
+        """One tile's features, cut out of the whole map by slicing; past its end they are what nobody may read."""
+        fits = [-(-size // side) * side for size, side in zip(self.grid.fine, self.tile, strict=True)]
+        whole = torch.full((*fits, WIDTH), float("nan"))
+        whole[tuple(slice(size) for size in self.grid.fine)] = self.features[key].view(*self.grid.fine, WIDTH)
         slices = []
-        for size, side in zip(reversed(self.grid.fine), reversed(self.tile), strict=True):
+        for size, side in zip(reversed(fits), reversed(self.tile), strict=True):
             at = index % (size // side)
             index //= size // side
             slices.append(slice(at * side, (at + 1) * side))
@@ -163,10 +167,10 @@ def test_bad_options(options, message):
         UnitEncoder(lambda units: torch.zeros(0), WIDTH, **options)
 
 
-def test_tiles_must_fill_the_grid():
+def test_tiles_must_fit_the_grid():
     media = Media("image-6x6-over-18x18")
-    for tile in ((6,), (6, 5), (0, 6)):
-        with pytest.raises(ValueError, match="tile must divide the fine grid"):
+    for tile in ((6,), (0, 6)):
+        with pytest.raises(ValueError, match="tile must hold one side >= 1 per axis of the fine grid"):
             TiledSource(media.grid, tile, media.encoder, 0)
     wrong = UnitEncoder(lambda units: torch.zeros(len(units), 36, WIDTH + 1), WIDTH)
     with pytest.raises(ValueError, match="encode must return"):

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 _SIDES = ("right", "left")
 _PIXELS = ("pixel_values", "pixel_values_videos")
-_OF_MEDIA = (*_PIXELS, "flex_streams")
+# a row per window of sound, those of all samples one after the other
+_WINDOWS = ("input_features", "input_features_mask", "feature_attention_mask")
+_OF_MEDIA = (*_PIXELS, *_WINDOWS, "flex_streams")
 
 
 def collate(
@@ -32,8 +34,9 @@ def collate(
     Args:
         features: Mappings with `input_ids` `[T]` or `[b, T]`; `attention_mask` (default all ones) and other
             tensors of that shape, such as `labels` or `readout_mask`; `pixel_values` `[media, ...]` (a clip's
-            coarse frames one by one) or `pixel_values_videos` `[media, ...]` unless there is none; `flex_streams`, a
-            `StreamBatch` of the `b` samples, unless they are text only.
+            coarse frames one by one), `pixel_values_videos` `[media, ...]` or an audio model's `input_features` and
+            their mask unless there is none; `flex_streams`, a `StreamBatch` of the `b` samples, unless they are text
+            only.
         tokenizer: Where the padding token is taken from; a processor or an adapter will do.
         pad_token_id: The padding token itself, instead of `tokenizer`.
         padding_side: `right`, or `left` for generation. Padding on the left shifts the media's positions.
@@ -76,7 +79,7 @@ def collate(
             raise StreamError(
                 f"features[{i}]['flex_streams'] holds {part['flex_streams'].n_media} media, pixel_values 0"
             )
-    for key in _PIXELS:
+    for key in (*_PIXELS, *_WINDOWS):
         pixels = [part[key] for part in parts if key in part]
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) > 1:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature
+from transformers.utils import ModelOutput
 
 from flexcore.streams import StreamBatch
 
@@ -36,7 +37,16 @@ class FlexInputs(BatchFeature):
         # An index alone means a device of the accelerator at hand; streams take names and devices.
         device = torch.device(device) if isinstance(device, int) else device
         # `BatchFeature.to` moves tensors only and passes over any other object without a word.
-        self.data = {
-            k: v.to(device, dtype) if isinstance(v, StreamBatch) else v for k, v in self.data.items()
-        }
+        self.data = {k: _moved(v, device, dtype) for k, v in self.data.items()}
         return self
+
+
+def _moved(value: Any, device: Any, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, StreamBatch):
+        return value.to(device, dtype)
+    if isinstance(value, ModelOutput):  # an encoder's output, as Whisper's adapter makes it
+        states = {k: v for k, v in value.items() if isinstance(v, torch.Tensor)}
+        return type(value)(
+            **{k: v.to(device, dtype if v.is_floating_point() else None) for k, v in states.items()}
+        )
+    return value
