@@ -6,15 +6,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .grid import Grid
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +105,8 @@ class Trace:
             )
         return torch.stack([r.regions for r in found]).float().mean(dim=0)
 
-    def overlay(self, image: Any, sample: int = 0, medium: int = 0, request: int | None = None) -> Image:
-        """The picture with the regions that were read lit up; needs Pillow. See `flexcore.viz.overlay`."""
+    def overlay(self, image: Any, sample: int = 0, medium: int = 0, request: int | None = None) -> Any:
+        """The picture, a PIL image, with the regions that were read lit up. See `flexcore.viz.overlay`."""
         from .viz import overlay
 
         record = next((r for r in self.records if r.sample == sample and r.medium == medium), None)

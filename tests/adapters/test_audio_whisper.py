@@ -37,10 +37,6 @@ def wrapped(config: flexcore.FlexConfig) -> tuple[Any, WhisperAdapter]:
     model, processor = tiny_whisper()
     flexcore.wrap(model, config)
     ears = flexcore.load_adapter("whisper", model, processor)
-    try:
-        model.generate(**ears(audio=(sound(1.0), RATE)), max_new_tokens=1)
-    except StreamError as error:
-        pytest.skip(f"wrap() doesn't read in a cross-attention in this version: {error}")
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.flex_fine.parameters():

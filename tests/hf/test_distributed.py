@@ -24,7 +24,7 @@ def launch(mode: str, folder: Path) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(path) for path in sorted(folder.glob(f"{mode}*.pt"))]
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob(f"{mode}*.pt"))]
 
 
 def check(found: list[dict]) -> None:
