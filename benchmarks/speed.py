@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import __version__ as transformers_version
 
 import flexcore
+from flexcore.hf.kv_cache import cache_argument
 from flexcore.plugins import register_selector
 from flexcore.selection import TopKSelector
 
@@ -138,7 +139,9 @@ class Bench:
 
     @torch.no_grad()
     def step(self, cache: Any) -> float:
-        return self.timed(lambda: self.model(self.ids[:, :1], past_key_values=cache, use_cache=True))[0]
+        return self.timed(
+            lambda: self.model(self.ids[:, :1], **cache_argument(self.model, cache), use_cache=True)
+        )[0]
 
     @torch.no_grad()
     def official_step(self, scheme: OfficialScheme) -> float:

@@ -17,6 +17,7 @@ from flexcore.cost import (
     kv_bytes,
 )
 from flexcore.grid import Grid
+from flexcore.hf.kv_cache import cache_argument
 from flexcore.hf.tiny import tiny_llama
 from flexcore.streams import StreamBatch
 
@@ -82,7 +83,9 @@ def test_prefill_matches_torch(llama, n_text, n_coarse):
 
 def test_decode_matches_torch(llama):
     _, out = counted(llama, input_ids=torch.randint(211, (1, 63)), use_cache=True)
-    flops, _ = counted(llama, input_ids=torch.randint(211, (1, 1)), past_key_values=out.past_key_values)
+    flops, _ = counted(
+        llama, input_ids=torch.randint(211, (1, 1)), **cache_argument(llama, out.past_key_values)
+    )
     assert decode(DecoderShape.from_config(llama.config), 64).total == pytest.approx(flops, rel=0.02)
 
 
@@ -95,7 +98,9 @@ def test_flex_matches_a_wrapped_model(llama):
     with flexcore.attached(llama, flexcore.FlexConfig(selector="all", first_layer=1)):
         shape = DecoderShape.from_config(llama.config, reading=llama.flex_config.layers)
         prefill, out = counted(llama, input_ids=ids, flex_streams=streams, use_cache=True)
-        again, _ = counted(llama, input_ids=step, flex_streams=streams, past_key_values=out.past_key_values)
+        again, _ = counted(
+            llama, input_ids=step, flex_streams=streams, **cache_argument(llama, out.past_key_values)
+        )
     assert shape.reading == (2, 3, 4)
     # every region is padded to the largest one, and the padding runs through the products as well
     read = grid.n_regions * grid.region_tokens

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedModelError
 from ..row_attention import row_attention, with_sinks
-from .context import row_keys
 from .interface import AttentionCall, Probe
 from .projection import shadow_key_value
+from .rows import row_keys
 from .site import AttentionSite, Ear, Rotary, arguments
 
 # a layer of such a type loses sight of coarse tokens, or has no keys of its own

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..hierarchical_attention import hierarchical_attention
 from ..row_attention import GatheredRows, RegionRows, row_attention, with_sinks
+from .kv_cache import cache_among
 from .offload import execution_device
 from .state import FlexRequest, SampleState
 
@@ -185,7 +186,7 @@ def static_step(
         inputs: The call's other arguments.
         alpha: As given.
     """
-    cache = inputs.get("past_key_values")
+    cache = cache_among(inputs)
     tokens = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if tokens is None else tokens
     if not isinstance(request, FlexRequest) or request.static is None or cache is None or tokens is None:

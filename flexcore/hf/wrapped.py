@@ -16,6 +16,7 @@ from .checkpoint import load_adapter_weights, save_adapter_weights
 from .coarse_embeds import with_coarse_embeds
 from .context import FlexContext
 from .dry_run import text_decoder
+from .kv_cache import cache_among, cache_of
 from .pickling import reduce_wrapped
 from .roundabout import injecting, roundabout
 from .saving import saving_methods
@@ -46,7 +47,7 @@ def wrapped_class(base: Any) -> type:
         alpha: float | Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = cache_among(kwargs)
         if "_flex_binding" not in self.__dict__:
             # unwrapped since, but something that was put around the model's `forward` still calls this one
             return base.forward(self, *args, **kwargs)
@@ -67,7 +68,7 @@ def wrapped_class(base: Any) -> type:
         ):
             return base.forward(self, **kwargs)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if together and not hasattr(kwargs.get("past_key_values"), ON_CACHE):
+        if together and not hasattr(cache_among(kwargs), ON_CACHE):
             flex_streams = no_media(kwargs)
         binding: FlexBinding = self._flex_binding.follow(self)
         with binding.running():
@@ -165,7 +166,7 @@ def _context(
     binding: FlexBinding, kwargs: dict[str, Any], given: Any, readout_mask: Tensor | None, alpha: Any
 ) -> FlexContext | None:
     """The state of one forward pass, with its request found, continued or begun; None if there are no media."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_among(kwargs)
     past = _past(binding, cache)
     request = getattr(cache, ON_CACHE, None)
     if request is not None and not past:
@@ -228,7 +229,7 @@ def _generation_request(
     binding: FlexBinding, kwargs: dict[str, Any], given: Any, readout_mask: Any
 ) -> FlexRequest | None:
     """The request that a `generate` call begins or continues; it knows where the prompt ends."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_among(kwargs)
     past = _past(binding, cache)
     request = getattr(cache, ON_CACHE, None) if past else None
     if given is None and request is None:
@@ -258,8 +259,6 @@ def _generation_request(
 
 def _ride_on_cache(out: Any, request: FlexRequest) -> None:
     """Attach the request to the KV cache that a forward made, for the steps and turns to come."""
-    cache = getattr(out, "past_key_values", None)
-    if cache is None and isinstance(out, tuple):
-        cache = next((o for o in out if hasattr(o, "get_seq_length")), None)
+    cache = cache_of(out)
     if cache is not None:
         setattr(cache, ON_CACHE, request)

@@ -6,6 +6,7 @@ import torch
 
 import flexcore
 from benchmarks.official_scheme import OfficialScheme
+from flexcore.hf.kv_cache import cache_argument
 from flexcore.hf.tiny import tiny_llama
 
 
@@ -26,5 +27,5 @@ def test_the_official_scheme_equals_our_reference_mode():
         assert float((found - model(ids).logits[0, -1]).abs().max()) > 1e-3
         for token in (5, 6, 7):
             step = torch.tensor([[token]])
-            out = model(step, past_key_values=out.past_key_values, use_cache=True)
+            out = model(step, **cache_argument(model, out.past_key_values), use_cache=True)
             assert float((scheme.step(embed(step)) - out.logits[0, -1]).abs().max()) < 5e-5

@@ -9,6 +9,7 @@ import torch
 from transformers import CompileConfig, DynamicCache
 
 import flexcore
+from flexcore.hf.kv_cache import cache_argument
 from flexcore.hf.static import StaticContext
 from flexcore.hf.wrapped import ON_CACHE
 
@@ -46,14 +47,14 @@ def steps(model, inputs: dict, step=None, n: int = 4) -> torch.Tensor:
     """Logits of a prompt and some greedy steps, written as a plain loop over a dynamic cache."""
     cache, mask = DynamicCache(), inputs["attention_mask"]
     with torch.no_grad():
-        outs = [model(**inputs, past_key_values=cache).logits[:, -1]]
+        outs = [model(**inputs, **cache_argument(model, cache)).logits[:, -1]]
         for _ in range(n):
             mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.long)], dim=1)
             out = (model if step is None else step)(
                 input_ids=outs[-1].argmax(-1)[:, None],
                 attention_mask=mask,
                 position_ids=(mask.sum(1) - 1)[:, None],
-                past_key_values=cache,
+                **cache_argument(model, cache),
             )
             outs.append(out.logits[:, -1])
     return torch.stack(outs)
@@ -89,7 +90,7 @@ def test_static_mode_projects_every_region_once_and_keeps_it_for_the_next_turn()
         ids = torch.cat([out.sequences, more], dim=1)
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         turn["attention_mask"][:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
-        answers.append(generate(m, turn, new=5, past_key_values=copy.deepcopy(out.past_key_values)))
+        answers.append(generate(m, turn, new=5, **cache_argument(m, copy.deepcopy(out.past_key_values))))
         projected.append((before, dict(request.kv.projected)))
     assert torch.equal(*answers)
     before, after = projected[0]
@@ -101,17 +102,17 @@ def test_static_mode_notices_new_weights_and_new_media():
     model, inputs = wrapped("llama", static=True), batch("llama", [Sample()])
     cache = DynamicCache()
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_argument(model, cache))
         first = getattr(cache, ON_CACHE).static
         assert first is not None
         for parameter in model.flex_fine.parameters():
             parameter.mul_(1.5)
         token = torch.tensor([[9]])
-        found = model(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+        found = model(input_ids=token, **cache_argument(model, copy.deepcopy(cache))).logits
         lazy = wrapped("llama")
         lazy.load_state_dict(model.state_dict())
         request = copy.deepcopy(cache)
-        expected = lazy(input_ids=token, past_key_values=request).logits
+        expected = lazy(input_ids=token, **cache_argument(lazy, request)).logits
     assert float((found - expected).abs().max()) < 5e-5
 
 

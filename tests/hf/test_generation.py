@@ -9,6 +9,7 @@ import torch
 
 import flexcore
 from flexcore.errors import SourceError
+from flexcore.hf.kv_cache import cache_argument
 from flexcore.hf.wrapped import ON_CACHE
 from flexcore.tiled_source import TiledSource, UnitEncoder
 
@@ -100,7 +101,9 @@ def test_a_second_turn_projects_nothing_twice_and_equals_one_run_from_scratch():
         {"flex_streams": batch("llama", [Sample()])["flex_streams"]},
     ):
         cache = copy.deepcopy(out.past_key_values)
-        again = generate(model, {**second, **media}, past_key_values=cache, return_dict_in_generate=True)
+        again = generate(
+            model, {**second, **media}, **cache_argument(model, cache), return_dict_in_generate=True
+        )
         assert torch.equal(again.sequences, expected)
         projected = request_of(again).kv.projected
         assert set(projected.values()) == {1} and set(seen) <= set(projected)
@@ -124,7 +127,7 @@ def test_a_second_turn_may_bring_another_medium():
         rows[0, -1] = True
         found = model(
             input_ids=rest,
-            past_key_values=out.past_key_values,
+            **cache_argument(model, out.past_key_values),
             flex_streams=whole["flex_streams"],
             readout_mask=rows,
         ).logits[0, -1]
@@ -149,9 +152,9 @@ def test_a_reset_cache_forgets_its_media():
     cache.reset()
     text = {"input_ids": torch.arange(5, 30)[None]}
     with torch.no_grad():
-        found = model(**text, past_key_values=cache).logits
+        found = model(**text, **cache_argument(model, cache)).logits
         cache.reset()
-        expected = make("llama")(**text, past_key_values=cache).logits
+        expected = make("llama")(**text, **cache_argument(model, cache)).logits
     assert torch.equal(found, expected)
 
 
@@ -214,9 +217,9 @@ def test_weights_that_change_within_a_request_are_noticed():
         token = out.logits[:, -1].argmax(-1)[:, None]
         for parameter in model.flex_fine.parameters():
             parameter.mul_(1.5)
-        found = model(input_ids=token, past_key_values=copy.deepcopy(out.past_key_values)).logits
+        found = model(input_ids=token, **cache_argument(model, copy.deepcopy(out.past_key_values))).logits
         request_of(out).kv.clear()
-        expected = model(input_ids=token, past_key_values=out.past_key_values).logits
+        expected = model(input_ids=token, **cache_argument(model, out.past_key_values)).logits
     assert torch.equal(found, expected)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flexcore
+from flexcore.hf.kv_cache import cache_argument
 
 from .helpers import (
     GRID,
@@ -246,7 +247,9 @@ def test_i4_a_hand_written_decode_loop(kind):
         tokens = []
         for _ in range(6):
             tokens.append(out.logits[:, -1].argmax(-1))
-            out = model(input_ids=tokens[-1][:, None], past_key_values=out.past_key_values, use_cache=True)
+            out = model(
+                input_ids=tokens[-1][:, None], **cache_argument(model, out.past_key_values), use_cache=True
+            )
     assert torch.equal(torch.cat(tokens), expected)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import flexcore
 from flexcore.hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from flexcore.hf.kv_cache import cache_argument
 
 from .helpers import KINDS, Sample, batch, forward, generate, make, perturb, wrapped
 
@@ -59,7 +60,7 @@ def test_a_step_on_the_layers_own_weights_reaches_cached_fine_keys():
         mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
         request = out.past_key_values._flexcore_request
         stale = request.weights
-        shares(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values)
+        shares(input_ids=token, attention_mask=mask, **cache_argument(shares, out.past_key_values))
     assert request.weights != stale
 
 
