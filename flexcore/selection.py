@@ -40,7 +40,8 @@ class Selector(ABC):
         Args:
             scores: `[R, n_coarse]` float32 head-summed attention probabilities, zero in the margins.
             grid: The medium's lattice.
-            selectable: `[n_regions]` bool, regions with something to read.
+            selectable: `[n_regions]` bool, regions with something to read; `[R, n_regions]` on the finer levels of a
+                pyramid, where each row has its own.
             keys: `[R, 2]` int64 (layer, row position counted from the medium's first coarse token): what a
                 stochastic selector may depend on and stay the same in a batch, alone, or in a decode step.
 

@@ -26,6 +26,8 @@ class FineStream:
         source: The fine features, by region.
         coarse_embeds: `[n_coarse, C]` input embeddings of the coarse tokens, for a model that has no way of its own
             to take the medium: they replace the embeddings of whatever tokens are there. None: the model makes them.
+        finer: The same medium at a higher resolution still, over the same coarse cells: the next level of a pyramid,
+            see `flexcore.pyramid`. Of it only `grid`, `valid`, `source` and `finer` count.
 
     Raises:
         ValueError: Sizes that don't fit the grid, or nothing left to select.
@@ -36,6 +38,7 @@ class FineStream:
     valid: Tensor | None
     source: FineSource
     coarse_embeds: Tensor | None = None
+    finer: FineStream | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, FineSource):
@@ -70,6 +73,31 @@ class FineStream:
                 f"coarse_embeds must be {list(expected)}, an embedding per coarse cell as wide as the source's "
                 f"features, got {list(self.coarse_embeds.shape)}"
             )
+        if self.finer is not None:
+            self._check_finer(self.finer)
+
+    def _check_finer(self, finer: FineStream) -> None:
+        if not isinstance(finer, FineStream):
+            raise StreamError(f"finer must be a FineStream or None, got {type(finer).__name__}")
+        if finer.grid.coarse != self.grid.coarse:
+            raise StreamError(
+                f"finer.grid.coarse must be the medium's own coarse cells {self.grid.coarse}, got {finer.grid.coarse}"
+            )
+        if any(more < own for own, more in zip(self.grid.fine, finer.grid.fine, strict=True)):
+            raise StreamError(
+                f"finer.grid.fine must be at least {self.grid.fine} on every axis, got {finer.grid.fine}"
+            )
+        if self.grid.lattice is not None or finer.grid.lattice is not None:
+            raise StreamError("a pyramid's levels must be laid out in blocks, not in the official lattice")
+        if finer.source.width != self.source.width:
+            raise StreamError(
+                f"finer.source.width must be {self.source.width} as on the level before, got {finer.source.width}"
+            )
+
+    @property
+    def levels(self) -> tuple[FineStream, ...]:
+        """This level and all finer ones."""
+        return (self,) if self.finer is None else (self, *self.finer.levels)
 
     def at(self, coarse_positions: Tensor) -> FineStream:
         """The same medium with its coarse tokens at the given `[n_coarse]` sequence indices."""
@@ -82,13 +110,14 @@ class FineStream:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> FineStream:
         """The same medium with its features on another device or in another dtype."""
         source, embeds = self.source.to(device, dtype), self.coarse_embeds
+        finer = None if self.finer is None else self.finer.to(device, dtype)
         if embeds is not None:
             embeds = embeds.to(
                 device=embeds.device if device is None else device, dtype=dtype or embeds.dtype
             )
-        if source is self.source and embeds is self.coarse_embeds:
+        if source is self.source and embeds is self.coarse_embeds and finer is self.finer:
             return self
-        return replace(self, source=source, coarse_embeds=embeds)
+        return replace(self, source=source, coarse_embeds=embeds, finer=finer)
 
     @cached_property
     def region_valid(self) -> Tensor:
@@ -150,7 +179,10 @@ class StreamBatch:
         )
 
     def __repr__(self) -> str:
-        media = [[f"{s.grid.coarse}->{s.grid.fine}" for s in sample] for sample in self.samples]
+        media = [
+            ["->".join(map(str, [s.grid.coarse, *(x.grid.fine for x in s.levels)])) for s in sample]
+            for sample in self.samples
+        ]
         return f"StreamBatch({len(self)} sample(s), media per sample: {media})"
 
     def __len__(self) -> int:

@@ -28,7 +28,8 @@ class TraceRecord:
         medium: Medium within the sample.
         scores: `[n_coarse]` float32 head-summed attention on the coarse cells, margins included.
         regions: `[n_regions]` bool, what was chosen.
-        grid: The medium's lattice.
+        grid: The medium's lattice, at this level.
+        level: 1, or more for the finer levels of a pyramid.
     """
 
     request: int
@@ -41,6 +42,7 @@ class TraceRecord:
     scores: Tensor
     regions: Tensor
     grid: Grid
+    level: int = 1
 
 
 @dataclass(eq=False)
@@ -81,7 +83,7 @@ class Trace:
         return [r for r in self.records if all(getattr(r, k) == v for k, v in fields.items())]
 
     def looked_at(
-        self, sample: int = 0, medium: int = 0, request: int | None = None, read: bool = True
+        self, sample: int = 0, medium: int = 0, request: int | None = None, read: bool = True, level: int = 1
     ) -> Tensor:
         """How often each region was chosen, `[n_regions]` float in `[0, 1]`: a share of (layer, row) pairs.
 
@@ -90,28 +92,31 @@ class Trace:
             medium: Medium within the sample.
             request: Running number of the request; None takes them all.
             read: Count only selections that a later layer reads.
+            level: Of a pyramid.
 
         Raises:
             ValueError: Nothing was recorded for it.
         """
         found = [
             r
-            for r in self.where(sample=sample, medium=medium)
+            for r in self.where(sample=sample, medium=medium, level=level)
             if (request is None or r.request == request) and (r.read_in is not None or not read)
         ]
         if not found:
             raise ValueError(
-                f"sample={sample}, medium={medium}, request={request}: nothing was recorded in this trace"
+                f"sample={sample}, medium={medium}, level={level}, request={request}: nothing was recorded in this "
+                "trace"
             )
         return torch.stack([r.regions for r in found]).float().mean(dim=0)
 
-    def overlay(self, image: Any, sample: int = 0, medium: int = 0, request: int | None = None) -> Any:
+    def overlay(
+        self, image: Any, sample: int = 0, medium: int = 0, request: int | None = None, level: int = 1
+    ) -> Any:
         """The picture, a PIL image, with the regions that were read lit up. See `flexcore.viz.overlay`."""
         from .viz import overlay
 
-        record = next((r for r in self.records if r.sample == sample and r.medium == medium), None)
-        counts = self.looked_at(sample, medium, request)
-        assert record is not None
+        counts = self.looked_at(sample, medium, request, level=level)
+        record = self.where(sample=sample, medium=medium, level=level)[0]
         return overlay(image, record.grid, counts)
 
 

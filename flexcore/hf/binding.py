@@ -131,6 +131,11 @@ class FlexBinding:
                         f"flex_streams sample {i}, medium {j}: features must be {self.width} wide (the decoder's "
                         f"hidden size), got {stream.source.width}"
                     )
+                if stream.finer is not None and self.config.static:
+                    raise StreamError(
+                        f"flex_streams sample {i}, medium {j}: static must be False in the FlexConfig for a medium of "
+                        f"{len(stream.levels)} levels; static mode projects every region, got static=True"
+                    )
 
     def weights_version(self) -> tuple[int, ...]:
         """Changes whenever a fine parameter was replaced or written in place (an optimizer step, a load)."""
@@ -202,14 +207,12 @@ class FlexBinding:
 
     def _positions(self, sample: SampleState, medium: int, tokens: Tensor) -> Tensor:
         """`[..., n, P]` rotary positions of fine tokens."""
-        start, stop = sample.cell_at[medium], sample.cell_at[medium + 1]
-        if sample.rope is None or not bool(sample.rope_known[start:stop].all()):
+        span = sample.span(medium)
+        if sample.rope is None or not bool(sample.rope_known[span].all()):
             raise StreamError(
                 "a medium was selected before all of its coarse tokens had passed through the model"
             )
-        return fine_positions(
-            sample.rope[..., start:stop], sample.streams[medium].grid, tokens, self.positions
-        )
+        return fine_positions(sample.rope[..., span], sample.streams[medium].grid, tokens, self.positions)
 
     def _official(
         self, request: FlexRequest, site: AttentionSite, like: Tensor, grid: Any, tokens: Tensor

@@ -24,7 +24,7 @@ def with_coarse_embeds(model: Any, kwargs: dict[str, Any], context: FlexContext 
     beams, past = len(ids) // len(context.request.samples), context.past
     found = []
     for i, sample in enumerate(context.request.samples):
-        for stream in sample.streams:
+        for stream in sample.media:
             if stream.coarse_embeds is None or stream.coarse_positions is None:
                 continue
             here = (stream.coarse_positions >= past) & (stream.coarse_positions < past + ids.shape[1])

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import StreamError
+from ..grid import Grid
 from ..hierarchical_attention import hierarchical_attention
 from ..row_attention import RegionRows, row_attention, with_sinks
-from ..streams import FineStream
 from ..tiled_source import warm
 from ..trace import TraceRecord
+from .levels import Attention, attention_by_level, open_levels
 from .rows import RowLayout, row_keys
 from .state import FlexRequest
 from .training_checks import check_reentrant_features, trains_together
@@ -173,12 +174,18 @@ class FlexContext:
         _, lse, scores = row_attention(
             q, key, None, row_mask, scaling=scaling, softcap=softcap, cells=cells, sinks=sinks
         )
+        read: dict[int, Attention] = {}
+        if chosen is None:
+            out = self._joined(layer, out)
+        else:
+            exact = with_sinks(lse, sinks)
+            out = self._read(
+                layer, chosen, query, offset, exact, out, scaling, softcap, read if selects else None
+            )
         if selects:
             assert scores is not None
-            self._select(layer, scores, key.shape[2])
-        if chosen is None:
-            return self._joined(layer, out)
-        return self._read(layer, chosen, query, offset, with_sinks(lse, sinks), out, scaling, softcap)
+            self._select(layer, scores, key.shape[2], read)
+        return out
 
     def _joined(self, layer: int, out: Tensor) -> Tensor:
         """The output of a layer that read nothing, in reach of its fine projections where other processes wait."""
@@ -201,44 +208,54 @@ class FlexContext:
                 out.append((selected.index_select(1, regions), regions.to("cpu")))
         return out if any(o is not None for o in out) else None
 
-    def _select(self, layer: int, scores: Tensor, n_keys: int) -> None:
-        """Turn head-summed probabilities `[B, R, cells]` into a selection per sample."""
+    def _select(self, layer: int, scores: Tensor, n_keys: int, read: dict[int, Attention]) -> None:
+        """Turn head-summed probabilities `[B, R, cells]` into a selection per sample.
+
+        Where media have finer levels, `read` says by sample what the fine tokens read in this layer got.
+        """
         result: list[Tensor | None] = []
         records = []
         for i, sample in enumerate(self.request.samples):
             batch_rows, queries, slots = (
                 self._on(("index", i, j), t, scores.device) for j, t in enumerate(self.index[i])
             )
-            if not sample.streams or not len(queries):
+            if not sample.media or not len(queries):
                 result.append(None)
                 continue
             own = scores[0] if self.single else scores[batch_rows, slots][:, : len(sample.cells)]
             if sample.last_cell >= n_keys:  # a chunked prefill hasn't reached this medium yet
                 own = own.masked_fill(self._on(("cells", i), sample.cells, scores.device) >= n_keys, 0.0)
             at = queries + self.past
-            parts = []
-            for m, stream in enumerate(sample.streams):
-                part = own[:, sample.cell_at[m] : sample.cell_at[m + 1]]
+            parts: dict[int, Tensor] = {}
+            for m, stream in enumerate(sample.media):
+                part = own[:, sample.span(m)]
                 keys = torch.stack(
                     [torch.full_like(at, layer), at - sample.cells[sample.cell_at[m]].to(at.device)], 1
                 )
-                regions = self.binding.selector.select(part, stream.grid, sample.selectable(m), keys)
-                parts.append(regions)
+                parts[m] = self.binding.selector.select(part, stream.grid, sample.selectable(m), keys)
+                if m in sample.chains:
+                    parts |= open_levels(
+                        sample, m, self.binding.selector, part, parts[m], read.get(i, {}), keys
+                    )
                 if self.traces:
-                    records += self._records(layer, i, m, stream, part, regions)
-            result.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+                    for level, n in enumerate(sample.chains.get(m, [m]), start=1):
+                        grid = sample.streams[n].grid
+                        records += self._records(layer, i, m, level, grid, part, parts[n])
+            result.append(
+                parts[0] if len(parts) == 1 else torch.cat([parts[m] for m in sorted(parts)], dim=1)
+            )
         self.selected[layer] = result
         for trace, number in self.traces:
             trace.add([TraceRecord(number, *record) for record in records])
 
     def _records(
-        self, layer: int, sample: int, medium: int, stream: FineStream, scores: Tensor, regions: Tensor
+        self, layer: int, sample: int, medium: int, level: int, grid: Grid, scores: Tensor, regions: Tensor
     ) -> list[tuple[Any, ...]]:
         read_in = self.binding.read_in.get(layer)
         scores, regions = scores.float().cpu(), regions.cpu()
         batch_rows, queries, _ = self.index[sample]
         return [
-            (layer, read_in, int(q) + self.past, int(b), sample, medium, scores[r], regions[r], stream.grid)
+            (layer, read_in, int(q) + self.past, int(b), sample, medium, scores[r], regions[r], grid, level)
             for r, (b, q) in enumerate(zip(batch_rows, queries, strict=True))
         ]
 
@@ -252,7 +269,9 @@ class FlexContext:
         out: Tensor,
         scaling: float,
         softcap: float | None,
+        read: dict[int, Attention] | None,
     ) -> Tensor:
+        """`out` with what the readout rows read; their attention to it goes into `read` if finer levels need it."""
         where_b, where_q, new = [], [], []
         if len(self.request.samples) > 1:
             self._warm(layer, chosen)
@@ -269,8 +288,12 @@ class FlexContext:
             if len(b) > 1 or sample.ragged:
                 valid = sample.valid(regions).to(query.device)
                 mask = RegionRows(selected[None].to(query.device), valid[None])
+            rows = query if self.single and query.shape[2] == 1 else query[b, :, q].transpose(0, 1)[None]
+            if read is not None and sample.chains:
+                read[i] = attention_by_level(sample, regions, rows, key[None], mask, scaling, softcap)
+            row_lse = lse if self.single else lse[b, :, slots].transpose(0, 1)[None]
             merged = hierarchical_attention(
-                query if self.single and query.shape[2] == 1 else query[b, :, q].transpose(0, 1)[None],
+                rows,
                 None,
                 None,
                 key[None],
@@ -280,7 +303,7 @@ class FlexContext:
                 softcap=softcap,
                 alpha=self.alpha,
                 plain=out if self.single and out.shape[1] == 1 else out[b, q][None],
-                lse=lse if self.single else lse[b, :, slots].transpose(0, 1)[None],
+                lse=row_lse,
             )
             where_b.append(b)
             where_q.append(q)

@@ -20,15 +20,29 @@ if TYPE_CHECKING:
 
 
 class SampleState:
-    """One sample's media, with cells and regions of all of them numbered through."""
+    """One sample's media, with cells and regions of all of them numbered through.
 
-    def __init__(self, streams: tuple[FineStream, ...]):
-        self.streams = streams
-        self.cell_at = _offsets([s.grid.n_coarse for s in streams])
-        self.region_at = _offsets([s.grid.n_regions for s in streams])
+    Attributes:
+        media: The streams as they were given.
+        streams: The same, followed by the finer levels of those that have any.
+        chains: By medium with finer levels: indices into `streams`, coarsest first.
+    """
+
+    def __init__(self, media: tuple[FineStream, ...]):
+        self.media = self.streams = media
+        self.chains: dict[int, list[int]] = {}
+        self._base = list(range(len(media)))
+        for m, medium in enumerate(media):
+            if medium.finer is not None:
+                finer = medium.finer.levels
+                self.chains[m] = [m, *range(len(self.streams), len(self.streams) + len(finer))]
+                self.streams += finer
+                self._base += [m] * len(finer)
+        self.cell_at = _offsets([s.grid.n_coarse for s in media])
+        self.region_at = _offsets([s.grid.n_regions for s in self.streams])
         self.n_regions = self.region_at[-1]
-        self.page = max((s.grid.region_tokens for s in streams), default=0)
-        positions = [s.coarse_positions for s in streams]
+        self.page = max((s.grid.region_tokens for s in self.streams), default=0)
+        positions = [s.coarse_positions for s in media]
         if any(p is None for p in positions):
             raise StreamError(
                 "coarse_positions must be known before the model runs; bind them with stream.at(...)"
@@ -40,6 +54,11 @@ class SampleState:
         self.rope_known = torch.zeros(len(self.cells), dtype=torch.bool)
         self._valid: Tensor | None = None
         self._lost: dict[int, Tensor] = {}
+
+    def span(self, stream: int) -> slice:
+        """Where the coarse cells of a stream's medium are among the sample's."""
+        medium = self._base[stream]
+        return slice(self.cell_at[medium], self.cell_at[medium + 1])
 
     @cached_property
     def ragged(self) -> bool:
@@ -124,7 +143,7 @@ class FlexRequest:
             )
         kept = []
         for old, new in zip(self.samples, streams.samples, strict=True):
-            old_here = {int(s.coarse_positions[0]): s for s in old.streams if s.coarse_positions is not None}
+            old_here = {int(s.coarse_positions[0]): s for s in old.media if s.coarse_positions is not None}
             joined = []
             for stream in new:
                 first = None if stream.coarse_positions is None else int(stream.coarse_positions[0])
@@ -135,16 +154,15 @@ class FlexRequest:
         self.streams = StreamBatch(tuple(kept))
         self.layouts.clear()
         for i, (old, sample) in enumerate(zip(self.samples, kept, strict=True)):
-            if sample == old.streams:
+            if sample == old.media:
                 continue
             fresh = SampleState(sample)
-            prefix = len(old.streams) <= len(sample) and sample[: len(old.streams)] == old.streams
-            if prefix and fresh.page == old.page and old.rope is not None:
+            if sample[: len(old.media)] == old.media and old.rope is not None:
                 fresh.rope_known[: len(old.cells)] = old.rope_known
                 fresh.rope = old.rope.new_zeros(*old.rope.shape[:-1], len(fresh.cells))
                 fresh.rope[..., : len(old.cells)] = old.rope
-            else:
-                self.kv.clear(i)
+            if fresh.streams[: len(old.streams)] != old.streams or fresh.page != old.page or old.rope is None:
+                self.kv.clear(i)  # its pages are numbered or cut in another way
             self.samples[i] = fresh
 
     def begin_turn(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -45,12 +47,13 @@ def wrapped(kind: str, seed: int = 0, selector: str = "top_k", layers: int = 6, 
 
 @dataclass
 class Sample:
-    """One sample: text lengths around its media, and the media's grids."""
+    """One sample: text lengths around its media, the media's grids, and the grids of their finer levels."""
 
     before: int = 4
     after: int = 5
     grids: list = field(default_factory=lambda: [GRID])
     seed: int = 0
+    finer: list = field(default_factory=list)
 
 
 def batch(
@@ -71,7 +74,12 @@ def batch(
             generator = torch.Generator().manual_seed(1000 * sample.seed + m)
             features = torch.randn(grid.n_fine, HIDDEN, generator=generator)
             positions = torch.arange(start, start + grid.n_coarse) + shift
-            media.append(flexcore.FineStream(grid, positions, None, source(features, grid)))
+            finer = None
+            for n, level in reversed(list(enumerate(sample.finer))):
+                generator = torch.Generator().manual_seed(1000 * sample.seed + 100 * (n + 1) + m)
+                more = torch.randn(level.n_fine, HIDDEN, generator=generator)
+                finer = flexcore.FineStream(level, None, None, source(more, level), finer=finer)
+            media.append(flexcore.FineStream(grid, positions, None, source(features, grid), finer=finer))
         streams.append(tuple(media))
     out = {"input_ids": ids, "attention_mask": mask, "flex_streams": flexcore.StreamBatch(tuple(streams))}
     n_media = sum(len(s.grids) for s in samples)
@@ -125,7 +133,8 @@ def lazy(features: Tensor, grid) -> flexcore.OnDemandSource:
 def naive_forward(model, embeds: Tensor, streams, rows: list[int], alpha: float = 1.0) -> Tensor:
     """Logits of a wrapped Llama on one unpadded sample, written from the design alone.
 
-    Every layer's whole attention map, fine keys concatenated, fine K/V from plain matrix products.
+    Every layer's whole attention map, fine keys concatenated, fine K/V from plain matrix products. Of a medium with
+    finer levels, each level's regions are chosen by the attention to the tokens read of the one before.
 
     Args:
         embeds: `[T, C]` input embeddings.
@@ -151,7 +160,7 @@ def naive_forward(model, embeds: Tensor, streams, rows: list[int], alpha: float 
     def heads(x: Tensor, linear, n: int) -> Tensor:
         return linear(x).view(len(x), n, width).transpose(0, 1)
 
-    hidden, chosen = embeds, {}
+    hidden, chosen, seen = embeds, {}, {}
     able = list(range(flex.first_layer, config.num_hidden_layers))
     for index, layer in enumerate(decoder.layers):
         x = norm(hidden, layer.input_layernorm.weight)
@@ -167,18 +176,24 @@ def naive_forward(model, embeds: Tensor, streams, rows: list[int], alpha: float 
                 keys, values = [k], [v]
                 visible = [logits[:, r]]
                 for m, stream in enumerate(streams):
-                    regions = chosen[r, m].nonzero()[:, 0]
-                    tokens = stream.grid.tokens(regions).flatten()
-                    tokens = tokens[tokens >= 0]
-                    tokens = tokens[stream.valid[tokens]]
-                    features = stream.source.tensor[tokens]
-                    if flex.fine_norm:
-                        features = norm(features, layer.input_layernorm.weight)
-                    places = stream.coarse_positions[stream.grid.parents(tokens)]
-                    kf = rotate(heads(features, fine.k_proj, n_kv), places)
-                    keys.append(kf.repeat_interleave(n_heads // n_kv, 0))
-                    values.append(heads(features, fine.v_proj, n_kv).repeat_interleave(n_heads // n_kv, 0))
-                    visible.append((q[:, r, None] @ keys[-1].transpose(1, 2))[:, 0] / math.sqrt(width))
+                    for level, regions in zip(stream.levels, chosen[r, m], strict=True):
+                        tokens = level.grid.tokens(regions.nonzero()[:, 0]).flatten()
+                        tokens = tokens[tokens >= 0]
+                        tokens = tokens[level.valid[tokens]]
+                        features = level.source.tensor[tokens]
+                        if flex.fine_norm:
+                            features = norm(features, layer.input_layernorm.weight)
+                        places = stream.coarse_positions[level.grid.parents(tokens)]
+                        kf = rotate(heads(features, fine.k_proj, n_kv), places)
+                        keys.append(kf.repeat_interleave(n_heads // n_kv, 0))
+                        vf = heads(features, fine.v_proj, n_kv)
+                        values.append(vf.repeat_interleave(n_heads // n_kv, 0))
+                        visible.append((q[:, r, None] @ keys[-1].transpose(1, 2))[:, 0] / math.sqrt(width))
+                        seen[r, m, level] = tokens
+                among_fine = torch.cat(visible[1:], dim=-1).detach().softmax(-1).sum(0)
+                mine = [where for where in seen if where[0] == r]
+                for where, got in zip(mine, among_fine.split([len(seen[w]) for w in mine]), strict=True):
+                    seen[where] = seen[where], got
                 p = torch.cat(visible, dim=-1).softmax(-1)
                 joint = (p[:, None] @ torch.cat(values, dim=1))[:, 0].reshape(-1)
                 replaced = (1 - alpha) * out[r] + alpha * joint
@@ -190,10 +205,48 @@ def naive_forward(model, embeds: Tensor, streams, rows: list[int], alpha: float 
                 for m, stream in enumerate(streams):
                     key = torch.tensor([[index, r - int(stream.coarse_positions[0])]])
                     scores = p[stream.coarse_positions][None]
-                    chosen[r, m] = selector.select(scores, stream.grid, stream.selectable, key)[0]
+                    first = selector.select(scores, stream.grid, stream.selectable, key)[0]
+                    chosen[r, m] = _naive_levels(stream, first, scores, selector, key, r, m, seen)
+            seen = {}
         hidden = hidden + layer.self_attn.o_proj(out)
         hidden = hidden + layer.mlp(norm(hidden, layer.post_attention_layernorm.weight))
     return model.get_output_embeddings()(norm(hidden, decoder.norm.weight))
+
+
+@functools.cache
+def _touches(grid) -> Tensor:
+    """`[n_regions, n_coarse]`: 1 where any token of a region has its centre in a cell."""
+    out = torch.zeros(grid.n_regions, grid.n_coarse)
+    for region in range(grid.n_regions):
+        inside = grid.tokens(torch.tensor([region]))[0]
+        out[region, grid.parents(inside[inside >= 0])] = 1
+    return out
+
+
+def _naive_levels(stream, first: Tensor, scores: Tensor, selector, key: Tensor, r: int, m: int, seen: dict):
+    """What is read next of every level, region by region; the levels share what was spent on the first."""
+    levels = stream.levels
+    picked, ranking = [first], [stream.grid.pool(selector.margins(scores, stream.grid))[0]]
+    for before, level in pairwise(levels):
+        weight = torch.zeros(before.grid.n_fine)
+        if (r, m, before) in seen:
+            tokens, got = seen[r, m, before]
+            weight[tokens] = got
+        grid = flexcore.Grid(before.grid.fine, level.grid.fine, level.grid.edges, level.grid.padding)
+        ranking.append((weight * _touches(grid)).amax(dim=1))
+        able = (level.selectable & (ranking[-1] > 0))[None]
+        picked.append(selector.select(weight[None], grid, able, key)[0])
+    budget = int(first.sum())
+    share = budget // max(1, sum(bool(p.any()) for p in picked))
+    kept = [_top(p, s, share) for p, s in zip(picked[1:], ranking[1:], strict=True)]
+    return [_top(first, ranking[0], budget - sum(int(k.sum()) for k in kept)), *kept]
+
+
+def _top(picked: Tensor, score: Tensor, most: int) -> Tensor:
+    best = sorted(picked.nonzero()[:, 0].tolist(), key=lambda i: (-float(score[i]), i))[:most]
+    out = torch.zeros_like(picked)
+    out[best] = True
+    return out
 
 
 def embeddings(model, inputs: dict) -> Tensor:
