@@ -42,7 +42,6 @@ QUICK = [
     "gemma3",  # bidirectional attention within an image
 ]
 REFUSED = {
-    "gptj": "attention code of its own",
     "falcon": "attention code of its own",
     "diffllama": "2 times in a forward pass",
     "mamba": "attention doesn't go through",
@@ -374,9 +373,9 @@ def test_every_family_of_the_quick_run_is_supported():
 
 
 def test_the_support_table_is_measured():
-    rows = support.measure(["llama", "gptj", "qwen2_5_vl"], progress=False)
+    rows = support.measure(["llama", "falcon", "qwen2_5_vl"], progress=False)
     assert [(r["name"], r["kind"], r["supported"]) for r in rows] == [
-        ("gptj", "text", False),
+        ("falcon", "text", False),
         ("llama", "text", True),
         ("qwen2_5_vl", "multimodal", True),
     ]

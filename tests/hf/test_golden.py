@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import flexcore
 from flexcore.grid import OFFICIAL_LATTICE
+from flexcore.hf.kv_cache import cache_argument
 from flexcore.selection import SCORE_SCALE
 
 CARRIED = Path(__file__).parents[1] / "golden"
@@ -201,7 +202,7 @@ def decode(case: Case, out, steps: int) -> dict[str, torch.Tensor]:
                 inputs_embeds=model.get_input_embeddings()(torch.tensor([[tokens[-1]]])),
                 attention_mask=mask,
                 position_ids=torch.tensor([[inputs["position_ids"].shape[1] + step]]),
-                past_key_values=out.past_key_values,
+                **cache_argument(model, out.past_key_values),
                 use_cache=True,
             )
         tokens.append(int(out.logits[0, -1].argmax()))
