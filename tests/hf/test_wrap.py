@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import GPTJConfig, GPTJForCausalLM, LlamaForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, LlamaForCausalLM
 
 import flexcore
 from flexcore.hf.interface import registered_name
@@ -54,8 +54,8 @@ def test_defaults_follow_the_depth():
 
 
 def test_a_model_without_the_attention_interface_is_refused_unchanged():
-    config = GPTJConfig(n_embd=32, n_layer=4, n_head=4, rotary_dim=4, vocab_size=50, n_positions=64)
-    model = GPTJForCausalLM(config).eval()
+    config = FalconConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=50)
+    model = FalconForCausalLM(config).eval()
     before = state(model)
     with pytest.raises(flexcore.UnsupportedModelError, match="attention interface"):
         flexcore.wrap(model)
