@@ -18,7 +18,9 @@ _SIDES = ("right", "left")
 _PIXELS = ("pixel_values", "pixel_values_videos")
 # a row per window of sound, those of all samples one after the other
 _WINDOWS = ("input_features", "input_features_mask", "feature_attention_mask")
-_OF_MEDIA = (*_PIXELS, *_WINDOWS, "flex_streams")
+# a row per medium: what models of AnyRes and of native resolution are told about its pixels
+_SIZES = ("image_sizes", "batch_num_images", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+_OF_MEDIA = (*_PIXELS, *_WINDOWS, *_SIZES, "flex_streams")
 
 
 def collate(
@@ -35,8 +37,8 @@ def collate(
         features: Mappings with `input_ids` `[T]` or `[b, T]`; `attention_mask` (default all ones) and other
             tensors of that shape, such as `labels` or `readout_mask`; `pixel_values` `[media, ...]` (a clip's
             coarse frames one by one), `pixel_values_videos` `[media, ...]` or an audio model's `input_features` and
-            their mask unless there is none; `flex_streams`, a `StreamBatch` of the `b` samples, unless they are text
-            only.
+            their mask unless there is none; `image_sizes`, `image_grid_thw` and their kin `[media, ...]`;
+            `flex_streams`, a `StreamBatch` of the `b` samples, unless they are text only.
         tokenizer: Where the padding token is taken from; a processor or an adapter will do.
         pad_token_id: The padding token itself, instead of `tokenizer`.
         padding_side: `right`, or `left` for generation. Padding on the left shifts the media's positions.
@@ -79,7 +81,7 @@ def collate(
             raise StreamError(
                 f"features[{i}]['flex_streams'] holds {part['flex_streams'].n_media} media, pixel_values 0"
             )
-    for key in (*_PIXELS, *_WINDOWS):
+    for key in (*_PIXELS, *_WINDOWS, *_SIZES):
         pixels = [part[key] for part in parts if key in part]
         shapes = {tuple(p.shape[1:]) for p in pixels}
         if len(shapes) > 1:
@@ -122,7 +124,7 @@ def _part(index: int, feature: Mapping[str, Any]) -> dict[str, Any]:
         raise StreamError(
             f"{where}['flex_streams'] is for {len(streams)} sample(s), input_ids for {len(part['input_ids'])}"
         )
-    pixels = part.get("pixel_values")
+    pixels = part.get("image_grid_thw", part.get("pixel_values"))
     # a clip may come as one picture for each of its coarse frames
     frames = sum(s.grid.coarse[0] if len(s.grid.coarse) == 3 else 1 for sample in streams for s in sample)
     if pixels is not None and len(pixels) not in (streams.n_media, frames):
