@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,9 @@ def _site(
     for name, value in given.items():
         if name == "flex_streams":
             continue
-        template[name] = value if isinstance(value, KEPT) else dict if isinstance(value, dict) else None
+        # what layers hand each other (keys and values that later ones share) is a mapping, but no dict everywhere
+        filled = isinstance(value, MutableMapping)
+        template[name] = value if isinstance(value, KEPT) else dict if filled else None
         found = _rotary(name, value, watch, hidden.shape[-2]) if rotary is None else None
         if found is not None:
             rotary, positions = found
