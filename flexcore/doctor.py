@@ -26,6 +26,7 @@ Status = Literal["ok", "warn", "fail"]
 # What each extra is for, as the advice says it.
 _EXTRAS = {
     "image": "look at pictures",
+    "big": "look at pictures too large to hold in memory",
     "video": "look at videos",
     "audio": "listen to sound",
     "train": "train",

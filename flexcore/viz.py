@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ DIM = 0.38  # brightness and colour that an unread region keeps
 LIT = 0.55  # how far a region that was hardly read comes out of the dark
 FAINT = 0.35  # opacity of its outline
 TINT = 0.22  # opacity of the tint on the region that was read most
+HUGE = (1 << 30) // 12  # Pillow's limit of pixels, where it is switched off
+SHOWN = 2048  # longest side that a picture beyond Pillow's limit is reduced to
 
 Box = tuple[int, int, int, int]
 
@@ -39,15 +43,19 @@ def overlay(image: Any, grid: Grid, weights: Tensor, top: float | None = None) -
         top: The weight that is shown warmest, for pictures that are compared; None takes this picture's largest.
 
     Returns:
-        An RGB picture of the image's own size.
+        An RGB picture of the image's own size; one of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` is reduced to
+        `SHOWN` pixels on its longer side, and a file of that kind is never decoded at its full size.
 
     Raises:
         ValueError: The grid isn't an image's, or image or weights don't fit.
+        ImportError: pyvips is missing, for a file that is to be reduced.
     """
     from PIL import Image, ImageDraw, ImageEnhance
 
     shares = _relative(weights, grid, top)
     photo = open_photo(image)
+    if _huge(photo.size):
+        photo.thumbnail((SHOWN, SHOWN))
     boxes = region_boxes(grid, photo.size)
     shown = ImageEnhance.Brightness(ImageEnhance.Color(photo).enhance(DIM)).enhance(DIM)
     for region, box in boxes.items():
@@ -119,22 +127,28 @@ def _lattice(boxes: list[Box], size: tuple[int, int], width: int) -> Image:
 
 
 def open_photo(image: Any) -> Image:
-    """An upright RGB picture from a PIL image, a path, an array or a tensor; see `overlay`.
+    """An upright RGB picture from a PIL image, a path, an array or a tensor; a huge file's is reduced, see `overlay`.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It isn't a picture.
+        ImportError: pyvips is missing, for a file that is to be reduced.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if isinstance(image, str | os.PathLike):
         try:
             with Image.open(image) as opened:
-                return open_photo(opened)
+                # without pyvips Pillow decodes whole what it doesn't refuse
+                if not _huge(opened.size) or importlib.util.find_spec("pyvips") is None:
+                    return open_photo(opened)
         except UnidentifiedImageError:
             raise ValueError(
                 f"image must be a picture that Pillow can read, {os.fspath(image)!r} is not"
             ) from None
+        except Image.DecompressionBombError:
+            pass  # Pillow's word for huge; its size alone is no reason to refuse it here
+        return _reduced(image)
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
@@ -160,6 +174,45 @@ def open_photo(image: Any) -> Image:
     elif pixels.dtype != np.uint8:
         raise ValueError(f"image must hold uint8 or floats in [0, 1], got {pixels.dtype}")
     return open_photo(Image.fromarray(np.ascontiguousarray(pixels.astype(np.uint8))))
+
+
+def need_vips() -> Any:
+    """pyvips, which reads pictures too large to hold; imported when it is first used.
+
+    Raises:
+        ImportError: It is missing or doesn't load; the message says what to install.
+    """
+    try:
+        return importlib.import_module("pyvips")
+    except (ImportError, OSError) as error:
+        raise ImportError(
+            "pyvips is needed for pictures too large to hold in memory and can't be imported: "
+            f"pip install 'flexcore[big]': {error}"
+        ) from error
+
+
+def _huge(size: tuple[int, int]) -> bool:
+    from PIL import Image
+
+    # who switches Pillow's limit off doesn't ask for copies of a picture of any size
+    return size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or HUGE)
+
+
+def _reduced(path: str | os.PathLike[str]) -> Image:
+    """A file's picture, decoded row by row or tile by tile while it shrinks."""
+    from PIL import Image
+
+    pyvips = need_vips()
+    try:
+        source = pyvips.Source.new_from_file(os.fspath(path))  # a path itself might carry options
+        shown = pyvips.Image.thumbnail_source(source, SHOWN, height=SHOWN, size="down", fail_on="error")
+        shown = shown.flatten(background=255) if shown.hasalpha() else shown
+        pixels = shown.colourspace("srgb").cast("uchar").numpy()
+    except pyvips.Error as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is too large to show whole, and can't be reduced: {error}"
+        ) from error
+    return Image.fromarray(pixels)
 
 
 def _relative(weights: Tensor, grid: Grid, top: float | None = None) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,24 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import extras
+
 # Floats are samples in [-1, 1], and mixing may overshoot; anything further is 16-bit numbers in a float array.
 _LOUDEST = 16.0
 _INTEGERS = {torch.uint8: (128, 128.0), torch.int16: (0, 32768.0), torch.int32: (0, 2147483648.0)}
 
 
 def need(module: str) -> Any:
-    """Import a module of the `audio` extra when it is first used.
-
-    Raises:
-        ImportError: It is missing or doesn't load; the message says what to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError) as error:
-        hint = " (its version must be the one for your torch, CUDA build included)" * (module == "torchaudio")
-        raise ImportError(
-            f"{module} is needed for audio and can't be imported: pip install 'flexcore[audio]'{hint}: {error}"
-        ) from error
+    """Import a module of the `audio` extra when it is first used; see `extras.need`."""
+    hint = " (its version must be the one for your torch, CUDA build included)" * (module == "torchaudio")
+    return extras.need(module, "audio", hint)
 
 
 def is_recording(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +15,11 @@ from flexcore.hookspecs import Register, hookimpl
 from flexcore.sources import FineSource, TensorSource
 from flexcore.tiled_source import TiledSource, UnitEncoder
 
-from .image_io import check_size, default_max_pixels, load_image
+from .image_files import WINDOW_PIXELS, load_pictures
+from .image_kinds import OneOfSeveral
 from .image_tower import encode_tiles, lead_tokens, native_size, normalise, tower_device, vision_tower
-from .image_views import ImageView, mean_colour, native_view, padded_view, resample_filter
+from .image_views import ImageView, WindowedView, mean_colour, native_view, padded_view, resample_filter
+from .image_window import WindowedSource
 from .tiling import downscale, paste_tiles
 
 if TYPE_CHECKING:
@@ -39,8 +43,10 @@ def flexcore_register_adapters(register: Register) -> None:
     register("image", ImageAdapter)
 
 
-class ImageAdapter(Adapter):
+class ImageAdapter(OneOfSeveral, Adapter):
     """Pictures for a LLaVA-architecture model: a coarse view in the sequence, tiles of a finer one on demand.
+
+    Models of another kind (AnyRes, native resolution, text only) get the adapter for theirs, see `image_kinds`.
 
     With `aspect="pad"` a picture is centred in a square of the processor's mean colour, as LLaVA was trained; both
     views show that square, and its margins are never read. With `aspect="native"` nothing is padded: the fine view is
@@ -50,7 +56,9 @@ class ImageAdapter(Adapter):
     Args:
         model: The model, wrapped or plain; a wrapped one's config lays out the regions.
         processor: The model's own processor.
-        zoom: Fine tokens per coarse cell and axis; `zoom * zoom` tiles are encoded per picture.
+        zoom: Fine tokens per coarse cell and axis; a picture's fine view has `zoom * zoom` tiles. Several that rise
+            make a pyramid: regions of the first are chosen by the coarse tokens, those of each further one by what was
+            read of the one before (`flexcore.pyramid`).
         aspect: `pad` or `native`.
         region_size: Side of a region in fine tokens; None takes the wrapped model's, or 8.
         max_pixels: The largest picture accepted; None takes `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -58,6 +66,10 @@ class ImageAdapter(Adapter):
         progress: Show a bar while encoding; None shows one on a terminal when there are many tiles.
         lazy: Encode a tile when one of its regions is first chosen; False encodes all of them in the call.
         tile_cache_bytes: Budget of the encoded tiles that a call's pictures keep; None is unlimited.
+        window_pixels: A picture of more pixels (raise `max_pixels` too) is read by window: never held whole, nor is
+            its fine view. Its source's `windows` counts what that took.
+        spool_dir: The folder in which such a picture is spooled, if its file can't be decoded in pieces; None is the
+            system's temporary folder.
 
     Raises:
         ValueError: An option is out of range.
@@ -69,7 +81,7 @@ class ImageAdapter(Adapter):
         model: Any,
         processor: Any,
         *,
-        zoom: int = 3,
+        zoom: int | Sequence[int] = 3,
         aspect: str = "pad",
         region_size: int | None = None,
         max_pixels: int | None = None,
@@ -77,25 +89,32 @@ class ImageAdapter(Adapter):
         progress: bool | None = None,
         lazy: bool = True,
         tile_cache_bytes: int | None = None,
+        window_pixels: int = WINDOW_PIXELS,
+        spool_dir: str | os.PathLike[str] | None = None,
         **unknown: Any,
     ):
         super().__init__(model, processor, **unknown)
+        zooms = tuple(zoom) if isinstance(zoom, (list, tuple)) else (zoom,)
         numbers = {
-            "zoom": zoom,
+            **{"zoom" if n == 0 else f"zoom[{n}]": number for n, number in enumerate(zooms)},
             "region_size": region_size,
             "max_pixels": max_pixels,
             "micro_batch": micro_batch,
+            "window_pixels": window_pixels,
         }
         for name, value in numbers.items():
-            if value is None and name not in ("zoom", "micro_batch"):
+            if value is None and name in ("region_size", "max_pixels"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if not zooms or list(zooms) != sorted(set(zooms)):
+            raise ValueError(f"zoom must be one integer or several that rise, got {zoom!r}")
         if aspect not in _ASPECTS:
             raise ValueError(f"aspect must be one of {', '.join(_ASPECTS)}, got {aspect!r}")
         if progress is not None and not isinstance(progress, bool):
             raise ValueError(f"progress must be a bool or None, got {progress!r}")
-        self.zoom = zoom
+        self.zooms = zooms
+        self.zoom = zooms[0]
         self.aspect = aspect
         self.region_size = region_size
         self.max_pixels = max_pixels
@@ -105,6 +124,10 @@ class ImageAdapter(Adapter):
         self.progress = progress
         self.lazy = lazy
         self.tile_cache_bytes = tile_cache_bytes
+        if spool_dir is not None and not os.path.isdir(spool_dir):
+            raise ValueError(f"spool_dir must be a folder, got {spool_dir!r}")
+        self.window_pixels = window_pixels
+        self.spool_dir = spool_dir
         self.side, self.cells = native_size(model, processor)
 
     # Spelt out for its signature; the work is the base's.
@@ -127,21 +150,31 @@ class ImageAdapter(Adapter):
         return super().__call__(text, **{self.keyword: images}, **kwargs)
 
     def views(self, media: Sequence[Any]) -> list[ImageView]:
-        """Load pictures and make both views of each; sizes are checked first, before any file is decoded."""
+        """Load pictures and make their views; sizes are checked first, before any file is decoded."""
         official = self._official()
-        limit = default_max_pixels() if self.max_pixels is None else self.max_pixels
-        names = [f"image {i}" for i in range(len(media))]
-        for medium, name in zip(media, names, strict=True):
-            check_size(medium, limit, name)
-        pictures = [load_image(medium, limit, name) for medium, name in zip(media, names, strict=True)]
+        pictures = load_pictures(media, self.max_pixels, self.window_pixels, self.spool_dir, self.progress)
         settings = self.processor.image_processor
         colour, resample = mean_colour(settings), resample_filter(settings)
         config = self.flex_config
         region = self.region_size or (config.region_size if config is not None else _REGION_SIZE)
-        if self.aspect == "native":
-            return [native_view(p, self.side, self.cells, self.zoom, region, resample) for p in pictures]
-        layout = None if official else region
-        return [padded_view(p, self.side, self.cells, self.zoom, layout, colour, resample) for p in pictures]
+        out = []
+        for picture in pictures:
+            levels: list[ImageView] = []
+            for zoom in self.zooms:
+                coarse = levels[0].coarse if levels else None
+                if self.aspect == "native":
+                    lay_out = (self.side, self.cells, zoom, region, resample, self.progress, coarse)
+                    levels.append(native_view(picture, *lay_out))
+                else:
+                    layout = (self.side, self.cells, zoom, None if official else region)
+                    look = (colour, resample, self.progress, coarse)
+                    levels.append(padded_view(picture, *layout, *look))
+            out.append(replace(levels[0], finer=tuple(levels[1:])))
+        return out
+
+    def levels(self, view: ImageView) -> list[ImageView]:
+        """A picture's views, by rising zoom."""
+        return [view, *view.finer]
 
     def sources(self, views: Sequence[ImageView]) -> list[FineSource]:
         """Tiles that are encoded when one of their regions is first chosen, or all of them now (`lazy=False`)."""
@@ -160,10 +193,15 @@ class ImageAdapter(Adapter):
         encoder = UnitEncoder(
             encode, width, tower.dtype, tower_device(tower), self.micro_batch, self.tile_cache_bytes
         )
-        return [
-            TiledSource(view.grid, (self.cells, self.cells), encoder, i, f"image {i}", view.describe)
-            for i, view in enumerate(views)
-        ]
+        sources: list[FineSource] = []
+        for i, view in enumerate(views):
+            name = f"image {i // len(self.zooms)}"
+            about = (view.grid, (self.cells, self.cells), encoder, i, name, view.describe)
+            if isinstance(view, WindowedView):
+                sources.append(WindowedSource(*about, view.ground.stats))
+            else:
+                sources.append(TiledSource(*about))
+        return sources
 
     def encode(self, views: Sequence[ImageView], regions: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Encode the tiles that hold the given regions.
@@ -231,4 +269,6 @@ class ImageAdapter(Adapter):
                 "regions='official' in the model's FlexConfig is a 9x9 lattice over a padded square; it takes "
                 f"aspect='pad' and no region_size, got aspect={self.aspect!r} and region_size={self.region_size!r}"
             )
+        if len(self.zooms) > 1:
+            raise ValueError(f"zoom must be one integer with regions='official', got {self.zooms}")
         return True

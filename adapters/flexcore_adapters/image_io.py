@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import torch
 
+from .extras import need
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,9 +26,8 @@ _SLACK = 1e-3
 
 def default_max_pixels() -> int | None:
     """Pillow's own limit; None where the user switched it off."""
-    from PIL import Image
-
-    return Image.MAX_IMAGE_PIXELS
+    limit: int | None = need("PIL.Image", "image").MAX_IMAGE_PIXELS
+    return limit
 
 
 def check_size(image: Any, max_pixels: int | None, name: str = "image") -> None:
@@ -41,17 +42,25 @@ def check_size(image: Any, max_pixels: int | None, name: str = "image") -> None:
         ValueError: The image is too large or empty, or its header is corrupt.
         FileNotFoundError: No such file.
     """
+    file = repr(os.fspath(image)) if isinstance(image, (str, os.PathLike)) else name
+    _check(image_size(image, name), max_pixels, file)
+
+
+def image_size(image: Any, name: str = "image") -> tuple[int, int]:
+    """Width and height of an image, as its array or its file's header has them; see `check_size`."""
+    need("PIL.Image", "image")  # every way on from here takes Pillow
     if isinstance(image, (str, os.PathLike)):
-        with _opened(image) as picture:
-            _check(picture.size, max_pixels, repr(os.fspath(image)))
-    elif hasattr(image, "getbands"):
-        _check(image.size, max_pixels, name)
+        with open_header(image) as picture:
+            return picture.size
+    if hasattr(image, "getbands"):
+        width, height = image.size
     elif isinstance(image, (np.ndarray, torch.Tensor)):
-        _check(_hwc(image, name).shape[1::-1], max_pixels, name)
+        height, width = _hwc(image, name).shape[:2]
     else:
         raise TypeError(
             f"{name} must be a PIL image, a path, a numpy array or a torch tensor, got {type(image).__name__}"
         )
+    return width, height
 
 
 def load_image(image: Any, max_pixels: int | None = None, name: str = "image") -> Image:
@@ -73,7 +82,7 @@ def load_image(image: Any, max_pixels: int | None = None, name: str = "image") -
         return _from_array(_hwc(image, name), name)
     if not isinstance(image, (str, os.PathLike)):
         return _from_pil(image, name)
-    with _opened(image) as picture:
+    with open_header(image) as picture:
         # Once more on what is decoded now: the file may have changed since it was checked.
         _check(picture.size, max_pixels, repr(os.fspath(image)))
         return _from_pil(picture, repr(os.fspath(image)))
@@ -91,7 +100,8 @@ def _check(size: tuple[int, ...], max_pixels: int | None, name: str) -> None:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image]:
+def open_header(path: str | os.PathLike[str]) -> Iterator[Image]:
+    """A file as Pillow opens it, whatever its size: header and metadata are read, pixels are not."""
     if str(path).startswith(("http://", "https://", "data:")):
         raise ValueError(
             f"{str(path)[:60]!r} isn't a file: load the picture first and pass it, nothing is downloaded"
@@ -142,7 +152,7 @@ def _from_pil(image: Image, name: str) -> Image:
         raise
     except Exception as error:  # decoders raise whatever they stumble over
         raise ValueError(f"{name} is corrupt or truncated: {error}") from error
-    image = _upright(image)
+    image = turn(image, orientation(image))
     if image.mode.startswith("I") or image.mode == "F":
         return _from_wide(np.asarray(image), name)
     if image.mode == "La":
@@ -154,7 +164,17 @@ def _from_pil(image: Image, name: str) -> Image:
     return image.convert("RGB")
 
 
-def _upright(image: Image) -> Image:
+def orientation(image: Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # a broken tag block says nothing about the pixels
+        return 1
+    return found if found in range(2, 9) else 1
+
+
+def turn(image: Image, orientation: int) -> Image:
+    """Stand a picture upright that was stored in this EXIF orientation."""
     from PIL.Image import Transpose
 
     turns = {
@@ -166,11 +186,31 @@ def _upright(image: Image) -> Image:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    try:
-        turn = turns.get(image.getexif().get(0x0112, 1))
-    except Exception:  # a broken tag block says nothing about the pixels
-        turn = None
-    return image if turn is None else image.transpose(turn)
+    return image.transpose(turns[orientation]) if orientation in turns else image
+
+
+def from_block(pixels: np.ndarray, name: str, cmyk: bool = False) -> Image:
+    """RGB of a part of a picture that another decoder than Pillow's read, as `load_image` makes it of the whole.
+
+    Args:
+        pixels: `[H, W, channels]`: grey, RGB, with or without alpha, or CMYK.
+        name: What to call the picture in messages.
+        cmyk: Whether the four channels are CMYK.
+
+    Raises:
+        ValueError: Values are out of range.
+    """
+    from PIL import Image
+
+    height, width, channels = pixels.shape
+    if channels == 1 and pixels.dtype != np.uint8:
+        return _from_wide(pixels[..., 0], name)
+    if pixels.dtype == np.uint16:
+        # Pillow opens 16 bits as 8 wherever there are several channels
+        pixels = (pixels >> 8).astype(np.uint8)
+    if cmyk:
+        return Image.frombytes("CMYK", (width, height), pixels.tobytes()).convert("RGB")
+    return _from_array(pixels, name)
 
 
 def _from_wide(values: np.ndarray, name: str) -> Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from flexcore.grid import Grid
 from flexcore.hf.processing import View
 
+from .image_scaling import UNSTEADY, scaled
+from .image_window import PaddedWindows, PictureWindows, Windows
 from .tiling import cut_tiles
 
 if TYPE_CHECKING:
@@ -32,19 +34,28 @@ class ImageView(View):
     Args:
         grid: Its lattice.
         coarse: The coarse view, a PIL image of the encoder's side.
-        pixels: `[3, rows * side, cols * side]` uint8, the fine view.
+        pixels: `[3, rows * side, cols * side]` uint8, the fine view; a `WindowedView` may leave it empty.
         rows: Tiles from top to bottom.
         cols: Tiles from left to right.
+        finer: Views of the same picture at higher resolutions, by rising zoom.
     """
 
     pixels: Tensor
     rows: int
     cols: int
+    finer: tuple[ImageView, ...] = field(default=(), kw_only=True)
 
     def tiles(self, indices: Tensor | None = None) -> Tensor:
         """`[k, 3, side, side]` uint8: the given tiles, or all of them, in raster order."""
-        tiles = cut_tiles(self.pixels[None], self.rows, self.cols)
-        return tiles if indices is None else tiles[indices]
+        if indices is None:
+            return cut_tiles(self.pixels[None], self.rows, self.cols)
+        # cutting all of them would copy the whole view for every tile that is asked for
+        height, width = self.pixels.shape[1] // self.rows, self.pixels.shape[2] // self.cols
+        tiles = self.pixels.new_empty(len(indices), 3, height, width)
+        for tile, index in zip(tiles, indices.tolist(), strict=True):
+            row, col = divmod(index, self.cols)
+            tile.copy_(self.pixels[:, row * height : (row + 1) * height, col * width : (col + 1) * width])
+        return tiles
 
     def describe(self, tile: int) -> str:
         """Where a tile lies, for messages."""
@@ -62,25 +73,54 @@ class ImageView(View):
         return (row * self.cols + col).unique()
 
 
+@dataclass(frozen=True, eq=False)
+class WindowedView(ImageView):
+    """A picture too large to hold: a tile of its fine view is scaled from its own window when it is asked for.
+
+    Args:
+        ground: What both views show.
+        resample: Pillow's filter.
+    """
+
+    ground: Windows
+    resample: Resampling
+
+    def tiles(self, indices: Tensor | None = None) -> Tensor:
+        """`[k, 3, side, side]` uint8: the given tiles, or all of them, in raster order."""
+        if self.pixels.numel():
+            return super().tiles(indices)
+        side, whole = self.coarse.width, (self.cols * self.coarse.width, self.rows * self.coarse.height)
+        out = []
+        for index in range(self.rows * self.cols) if indices is None else indices.tolist():
+            top, left = (n * side for n in divmod(index, self.cols))
+            part = (left, top, left + side, top + side)
+            out.append(pixels_of(self.ground.scaled(whole, self.resample, part)))
+        return torch.stack(out)
+
+
 def padded_view(
-    image: Image,
+    image: Image | Windows,
     side: int,
     cells: int,
     zoom: int,
     region: int | None,
     colour: tuple[int, ...],
     resample: Resampling,
+    progress: bool | None = None,
+    coarse: Image | None = None,
 ) -> ImageView:
     """The picture in the middle of a square of the processor's mean colour, as LLaVA sees it.
 
     Args:
-        image: Upright RGB picture.
+        image: Upright RGB picture, or its windows.
         side: The encoder's side in pixels.
         cells: Coarse cells per side.
         zoom: Tiles per side.
         region: Side of a region in fine tokens; None lays out the official lattice.
         colour: Of the padding.
         resample: Pillow's filter.
+        progress: Show a bar while a picture is read by window; None shows one on a terminal.
+        coarse: The coarse view, if another level of the picture has made it.
     """
     if region is None:
         grid = Grid.official(cells, zoom * cells, size=image.size)
@@ -88,28 +128,74 @@ def padded_view(
         grid = Grid.blocks(
             (cells,) * 2, (zoom * cells,) * 2, region, tile=cells, padding=margins(*image.size)
         )
+    if isinstance(image, Windows):
+        _check_square(image.size, side)
+        ground = PaddedWindows(image, colour)
+        # the official coarse view is made of the whole fine one
+        return _windowed(grid, ground, side, zoom, zoom, resample, region is None, progress, coarse)
     fine = fit_square(image, zoom * side, colour, resample)
-    coarse = fit_square(image, side, colour, resample)
-    return ImageView(grid, coarse, _tensor(fine), zoom, zoom)
+    coarse = coarse or fit_square(image, side, colour, resample)
+    return ImageView(grid, coarse, pixels_of(fine), zoom, zoom)
 
 
 def native_view(
-    image: Image, side: int, cells: int, zoom: int, region: int, resample: Resampling
+    image: Image | Windows,
+    side: int,
+    cells: int,
+    zoom: int,
+    region: int,
+    resample: Resampling,
+    progress: bool | None = None,
+    coarse: Image | None = None,
 ) -> ImageView:
     """The picture without padding: both views show all of it, stretched, so that cells still match on each axis.
 
     Args:
-        image: Upright RGB picture.
+        image: Upright RGB picture, or its windows.
         side: The encoder's side in pixels.
         cells: Coarse cells per side.
         zoom: The fine view gets at most `zoom * zoom` tiles, see `tile_layout`.
         region: Side of a region in fine tokens.
         resample: Pillow's filter.
+        progress: Show a bar while a picture is read by window; None shows one on a terminal.
+        coarse: The coarse view, if another level of the picture has made it.
     """
     rows, cols = tile_layout(*image.size, zoom * zoom)
     grid = Grid.blocks((cells, cells), (rows * cells, cols * cells), region, tile=cells)
+    if isinstance(image, Windows):
+        return _windowed(grid, image, side, rows, cols, resample, False, progress, coarse)
     fine = image.resize((cols * side, rows * side), resample)
-    return ImageView(grid, image.resize((side, side), resample), _tensor(fine), rows, cols)
+    coarse = coarse or image.resize((side, side), resample)
+    return ImageView(grid, coarse, pixels_of(fine), rows, cols)
+
+
+def _windowed(
+    grid: Grid,
+    ground: Windows,
+    side: int,
+    rows: int,
+    cols: int,
+    resample: Resampling,
+    whole: bool,
+    progress: bool | None,
+    coarse: Image | None,
+) -> WindowedView:
+    """Both views of what is read by window: the coarse one now, tiles of the fine one when they are asked for."""
+    coarse = coarse or overview(ground, (side, side), resample, progress)
+    pixels = torch.empty(3, 0, 0, dtype=torch.uint8)
+    # whole if it is needed whole, or if its parts would not fit
+    if whole or resample.name in UNSTEADY:
+        pixels = pixels_of(ground.scaled((cols * side, rows * side), resample))
+    return WindowedView(grid, coarse, pixels, rows, cols, ground, resample)
+
+
+def overview(ground: Windows, size: tuple[int, int], resample: Resampling, progress: bool | None) -> Image:
+    """All of a picture that is read by window, stretched to a size; a bar shows the rows that were read."""
+    from tqdm.auto import tqdm
+
+    hidden = None if progress is None else not progress
+    with tqdm(total=ground.size[1], desc=f"reading {ground.name}", unit="row", disable=hidden) as bar:
+        return ground.scaled(size, resample, progress=bar.update)
 
 
 def tile_layout(width: int, height: int, tiles: int) -> tuple[int, int]:
@@ -140,8 +226,7 @@ def margins(width: int, height: int) -> tuple[tuple[float, float], tuple[float, 
 def fit_square(image: Image, size: int, colour: tuple[int, ...], resample: Resampling) -> Image:
     """Pad a picture to a centred square and resize that; the square itself is never held.
 
-    Pillow filters rows first and columns then, so rows can be squeezed strip by strip with the same result, and a
-    panorama doesn't cost the square of its width.
+    Rows are squeezed strip by strip, see `scaled`, so a panorama doesn't cost the square of its width.
 
     Args:
         image: Upright RGB picture.
@@ -152,23 +237,18 @@ def fit_square(image: Image, size: int, colour: tuple[int, ...], resample: Resam
     Raises:
         ValueError: The picture is so elongated that even the squeezed square is too large.
     """
-    from PIL import Image
+    _check_square(image.size, size)
+    square = PaddedWindows(PictureWindows(image), colour)
+    return scaled(square, (size, size), resample, strip=_STRIP)
 
-    width, height = image.size
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
-    if size * side > max(_SQUEEZED, width * height):
+
+def _check_square(picture: tuple[int, int], size: int) -> None:
+    """Raise ValueError where a picture's square, its rows squeezed to `size` pixels, takes more than the picture."""
+    width, height = picture
+    if size * max(width, height) > max(_SQUEEZED, width * height):
         raise ValueError(
             f"a picture of {width}x{height} is too elongated to pad to a square; use aspect='native'"
         )
-    squeezed = Image.new("RGB", (size, side), colour)
-    step = max(1, _STRIP // side)
-    for y in range(0, height, step):
-        rows = min(step, height - y)
-        strip = Image.new("RGB", (side, rows), colour)
-        strip.paste(image.crop((0, y, width, y + rows)), (left, 0))
-        squeezed.paste(strip.resize((size, rows), resample), (0, top + y))
-    return squeezed.resize((size, size), resample)
 
 
 def mean_colour(image_processor: Any) -> tuple[int, ...]:
@@ -191,5 +271,6 @@ def resample_filter(image_processor: Any) -> Resampling:
     )
 
 
-def _tensor(image: Image) -> Tensor:
+def pixels_of(image: Image) -> Tensor:
+    """`[3, H, W]` uint8 pixels of an RGB picture."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -95,9 +95,13 @@ class EmbeddingAdapter(Adapter):
             )
         return super().apply_chat_template(conversation, **kwargs)
 
-    def _streams(self, views: Sequence[View]) -> list[FineStream]:
+    def embeds(self, views: Sequence[Any]) -> Sequence[Any]:
+        """The coarse cells as the decoder's input embeddings, `[n_coarse, width]` per medium: the views' `coarse`."""
+        return [view.coarse for view in views]
+
+    def _streams(self, views: Sequence[Any]) -> list[FineStream]:
         streams = super()._streams(views)
-        return [replace(s, coarse_embeds=view.coarse) for s, view in zip(streams, views, strict=True)]
+        return [replace(s, coarse_embeds=e) for s, e in zip(streams, self.embeds(views), strict=True)]
 
     def _token(self) -> str:
         return str(getattr(self.processor, f"{self.medium}_token"))

@@ -95,7 +95,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def sources(self, views: Sequence[Any]) -> list[FineSource]:
-        """The fine features of what `views` made, one source per medium."""
+        """The fine features of what `views` made, one source per view (a pyramid's levels one after the other)."""
+
+    def levels(self, view: Any) -> Sequence[Any]:
+        """A view and, for a pyramid, those of its finer levels, over the same coarse cells; see `flexcore.pyramid`."""
+        return [view]
 
     def is_medium(self, value: Any) -> bool:
         """Whether a value is one medium and not a list of them."""
@@ -230,8 +234,17 @@ class Adapter(ABC):
         return getattr(self.model, "flex_config", None)
 
     def _streams(self, views: Sequence[Any]) -> list[FineStream]:
-        sources = self.sources(views) if views else []
-        return [FineStream(v.grid, None, None, source) for v, source in zip(views, sources, strict=True)]
+        pyramids = [list(self.levels(view)) for view in views]
+        every = [view for levels in pyramids for view in levels]
+        sources = iter(self.sources(every) if every else [])
+        streams = []
+        for levels in pyramids:
+            stream = None
+            for view, source in reversed([(view, next(sources)) for view in levels]):
+                stream = FineStream(view.grid, None, None, source, finer=stream)
+            assert stream is not None
+            streams.append(stream)
+        return streams
 
     def _token_id(self) -> int:
         config = self.model.config

@@ -106,3 +106,42 @@ def test_one_set_of_inputs_serves_two_threads(model, photo):
     for t in threads:
         t.join()
     assert len(found) == 3 and all(torch.equal(f, expected) for f in found)
+
+
+@pytest.mark.parametrize("aspect", ["pad", "native"])
+def test_a_pyramid_opens_finer_tiles_where_it_read(model, photo, aspect):
+    images = [Image.open(photo("coffee.png")), photo("chelsea.png")]
+    outs = []
+    for lazy in (True, False):
+        adapter = flexcore.load_adapter("image", *model, zoom=(2, 4, 8), aspect=aspect, lazy=lazy)
+        inputs = adapter(text=[PROMPT, PROMPT + " In short:"], images=images)
+        with flexcore.trace(model[0]) as trace:
+            outs.append(answer(model[0], inputs, output_logits=True, return_dict_in_generate=True))
+        stream = inputs["flex_streams"].samples[0][0]
+        assert [level.grid.coarse for level in stream.levels] == [(6, 6)] * 3
+        if lazy:
+            levels = [level.source for level in stream.levels]
+            assert "image 1" in inputs["flex_streams"].samples[1][0].finer.source.describe(0)
+            assert levels[0].encoder is levels[2].encoder and levels[0].stats.units > 0
+            # of level 2 only what some row chose was encoded, far from everything
+            chosen = torch.stack([r.regions for r in trace.where(level=2, sample=0, request=0)]).any(dim=0)
+            assert 0 < int(chosen.sum()) < stream.finer.grid.n_regions // 2
+            assert levels[0].stats.units < sum(source.n_tiles for source in levels)
+    for a, b in zip(outs[0].logits, outs[1].logits, strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+    flat = flexcore.load_adapter("image", *model, zoom=2, aspect=aspect)
+    one_level = answer(
+        model[0],
+        flat(text=[PROMPT, PROMPT + " In short:"], images=images),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    assert (
+        max(float((a - b).abs().max()) for a, b in zip(one_level.logits, outs[0].logits, strict=True)) > 1e-3
+    )
+
+
+@pytest.mark.parametrize("zoom", [(), (3, 3), (9, 3), (0, 3), (3, "9")])
+def test_levels_of_a_pyramid_must_rise(model, zoom):
+    with pytest.raises(ValueError, match="zoom"):
+        flexcore.load_adapter("image", *model, zoom=zoom)
