@@ -16,6 +16,7 @@ from flexcore.hookspecs import Register, hookimpl
 from flexcore.sources import FineSource
 from flexcore.tiled_source import ON_ERROR, TiledSource, UnitEncoder
 
+from .extras import need
 from .image_views import mean_colour, resample_filter
 from .video_decoder import Decoder
 from .video_families import ASPECTS, family_of
@@ -44,17 +45,19 @@ class VideoAdapter(Adapter):
     """Clips: coarse frames in the sequence, fine frames decoded and encoded when one of their regions is chosen.
 
     Both views cover the same span of time evenly. With a LLaVA the prompt's `<video>` stands for a clip and becomes
-    an image for every coarse frame; LLaVA-OneVision takes it as a video of its own. Where key frames are dense
-    compared with the frames looked at (a long clip), the nearest key frames are taken: they cost no decoding of
-    others, and every time stamp is the frame's own.
+    an image for every coarse frame; LLaVA-OneVision and the Qwen-VL models take it as a video of its own, the latter
+    merging two frames into one step of time. Where key frames are dense compared with the frames looked at (a long
+    clip), the nearest key frames are taken: they cost no decoding of others, and every time stamp is the frame's own.
 
     Args:
         model: The model, wrapped or plain; a wrapped one's config lays out the regions.
         processor: The model's own processor.
-        coarse_frames: Frames in the sequence; a shorter clip has fewer.
+        coarse_frames: Frames in the sequence, single ones or merged; a shorter clip has fewer.
         fine_fps: Frames per second of the fine view, rounded to a whole number per coarse frame.
         max_frames: The most frames of the fine view, whatever the length of the clip.
         zoom: Tiles of a fine frame per axis; each is encoded like a whole coarse frame.
+        coarse_pixels: Budget of a coarse frame, for models that take frames of any size (Qwen-VL), which keep the
+            clip's shape; None is 128 tokens' worth. Others have one size, and take None.
         region: Sides of a region in fine tokens, `(t, h, w)`; None takes the wrapped model's `region_size`, or 8, and
             up to 4 steps of time.
         aspect: `pad` centres frames in a square, `stretch` fills it; None is what the model was trained with.
@@ -86,6 +89,7 @@ class VideoAdapter(Adapter):
         fine_fps: float = 2.0,
         max_frames: int = 256,
         zoom: int = 2,
+        coarse_pixels: int | None = None,
         region: Sequence[int] | None = None,
         aspect: str | None = None,
         start: float | None = None,
@@ -130,7 +134,7 @@ class VideoAdapter(Adapter):
         self.micro_batch, self.lazy, self.tile_cache_bytes = micro_batch, lazy, tile_cache_bytes
         self.on_error, self.progress = on_error, progress
         self.zoom = zoom
-        self.family = family_of(model, processor, aspect, zoom)
+        self.family = family_of(model, processor, aspect, zoom, coarse_pixels)
         self.decoder = Decoder(timeout)
 
     # Spelt out for its signature; the work is the base's.
@@ -171,6 +175,7 @@ class VideoAdapter(Adapter):
         """Open all clips, choose their frames and decode the coarse ones."""
         from tqdm.auto import tqdm
 
+        need("PIL.Image", "video")  # frames are made to fit with it
         partial = self.on_error == "skip"
         clips = [
             open_video(m, decoder=self.decoder, fps=self.fps, name=f"video {i}", partial=partial)
@@ -201,7 +206,7 @@ class VideoAdapter(Adapter):
         grid = lattice(video, layout, coarse, fine, (region[0], region[1], region[2]))
         few, many = (frames_at(video, first, last, n * layout.stack).reshape(n, -1) for n in (coarse, fine))
         look = Look(mean_colour(self.family.settings), resample_filter(self.family.settings))
-        return VideoView(grid, [], video, layout, look, few, many)
+        return VideoView(grid, [], video, layout, look, few, many, (first, last))
 
     def _coarse_frame(self, view: VideoView, index: int, frame: np.ndarray | Exception, number: int) -> Any:
         size = view.layout.coarse_size
@@ -227,7 +232,7 @@ class VideoAdapter(Adapter):
                 own = [unit for unit in units if unit[0] == i]
                 if own:  # each clip's frames in one pass
                     tiles.update(zip(own, view.tiles([tile for _, tile in own]), strict=True))
-            return self.family.encode(torch.stack([tiles[unit] for unit in units]))
+            return self.family.encode([tiles[unit] for unit in units])
 
         # one encoder for all clips of the call, so that a layer's tiles share micro-batches
         encoder = UnitEncoder(

@@ -12,7 +12,10 @@ from torch import Tensor
 from flexcore.errors import StreamError, UnsupportedModelError
 from flexcore.hf.processing import find_positions
 
+from .anyres_tower import TileTower
 from .image_tower import encode_tiles, lead_tokens, native_size, tower_device, vision_tower
+from .image_views import pixels_of
+from .native_tower import takes_any_size
 from .video_views import Layout, VideoView
 
 if TYPE_CHECKING:
@@ -59,8 +62,15 @@ class Family(ABC):
         """Where the coarse tokens of every sample's clips sit in `[B, T]` ids."""
 
     @abstractmethod
-    def encode(self, tiles: Tensor) -> Tensor:
-        """`[k, tokens, C]` features of `[k, stack, 3, height, width]` uint8 tiles, each encoded on its own."""
+    def encode(self, tiles: Sequence[Tensor]) -> Tensor:
+        """Features of tiles, each encoded on its own.
+
+        Args:
+            tiles: `[stack, 3, height, width]` uint8; those of clips of different shapes may differ.
+
+        Returns:
+            `[k, tokens, C]`, a tile's tokens in raster order.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -127,8 +137,8 @@ class FrameFamily(Family):
             out.append([torch.cat([next(rest) for _ in view.coarse]) for view in sample])
         return out
 
-    def encode(self, tiles: Tensor) -> Tensor:
-        flat = tiles[:, 0]
+    def encode(self, tiles: Sequence[Tensor]) -> Tensor:
+        flat = torch.stack([tile[0] for tile in tiles])
         return encode_tiles(
             self.model, self.settings, flat, self.cells, self.lead, max(1, len(flat)), progress=False
         )
@@ -156,7 +166,7 @@ class PooledFamily(Family):
         return Layout(pooled, side, cells, side, self.zoom, self.zoom, self.aspect == "pad")
 
     def process(self, texts: list[str], views: Sequence[VideoView], **kwargs: Any) -> BatchFeature:
-        clips = [torch.stack([_pixels(frame) for frame in view.coarse]) for view in views] or None
+        clips = [torch.stack([pixels_of(frame) for frame in view.coarse]) for view in views] or None
         return self.processor(text=texts, videos=clips, return_tensors="pt", videos_kwargs=_AS_IS, **kwargs)
 
     def positions(self, input_ids: Tensor, media: Sequence[Sequence[VideoView]]) -> list[list[Tensor]]:
@@ -165,44 +175,55 @@ class PooledFamily(Family):
         return [[clip[:-1] for clip in sample] for sample in found]
 
     @torch.no_grad()
-    def encode(self, tiles: Tensor) -> Tensor:
-        inner, config = self.model.model, self.model.config
+    def encode(self, tiles: Sequence[Tensor]) -> Tensor:
         # the tiles as frames of one clip, which the video processor normalises and nothing else
-        made = self.settings([tiles[:, 0]], return_tensors="pt", **_AS_IS)["pixel_values_videos"][0]
-        pixels = made.to(self.device, self.dtype)
-        hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states
-        layers = config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        chosen = torch.cat([hidden[layer] for layer in layers], dim=-1)
-        if config.vision_feature_select_strategy == "default":
-            chosen = chosen[:, 1:]
-        if chosen.shape[1] != self.cells**2:
+        clip = torch.stack([tile[0] for tile in tiles])
+        made = self.settings([clip], return_tensors="pt", **_AS_IS)["pixel_values_videos"][0]
+        features = TileTower(self.model).get_image_features(made.to(self.device, self.dtype))
+        if features.shape[1] != self.cells**2:
             raise StreamError(
-                f"the vision tower makes {chosen.shape[1]} features of a frame, but the map needs "
+                f"the vision tower makes {features.shape[1]} features of a frame, but the map needs "
                 f"{self.cells}x{self.cells}"
             )
-        features: Tensor = inner.multi_modal_projector(chosen)
         return features
 
 
-def family_of(model: Any, processor: Any, aspect: str | None, zoom: int) -> Family:
+def family_of(
+    model: Any, processor: Any, aspect: str | None, zoom: int, coarse_pixels: int | None = None
+) -> Family:
     """The way in which a model takes videos.
 
+    Args:
+        model: The model.
+        processor: Its own processor.
+        aspect: `pad` or `stretch`; None is what the model was trained with.
+        zoom: Tiles of the fine view per axis.
+        coarse_pixels: Budget of a coarse frame, for models that take frames of any size.
+
     Raises:
+        ValueError: An argument is out of range, or of no use to this model.
         UnsupportedModelError: None that is known.
     """
-    inner = getattr(model, "model", model)
+    inner, name = getattr(model, "model", model), type(model).__name__
+    if hasattr(inner, "audio_tower"):
+        raise UnsupportedModelError(
+            f"VideoAdapter shows a model frames and plays no sound; {name} has an audio tower, and takes sound alone "
+            "or clips with theirs"
+        )
+    if takes_any_size(model):
+        from .video_native import NativeFamily
+
+        return NativeFamily(model, processor, aspect, zoom, coarse_pixels)
+    if hasattr(inner, "visual"):
+        raise UnsupportedModelError(
+            f"VideoAdapter takes models with a vision tower of one fixed size (LLaVA, LLaVA-OneVision) or one of any "
+            f"size whose config says how it is patched (Qwen2-VL, Qwen2.5-VL, Qwen3-VL); {name} has neither"
+        )
+    if coarse_pixels is not None:
+        raise ValueError(
+            f"coarse_pixels is for models that take frames of any size; {name} sees them at one fixed size, "
+            f"so leave it out; got {coarse_pixels}"
+        )
     if hasattr(inner, "apply_pooling") and hasattr(processor, "video_processor"):
         return PooledFamily(model, processor, aspect, zoom)
-    if hasattr(inner, "visual") or hasattr(inner, "audio_tower"):
-        raise UnsupportedModelError(
-            f"VideoAdapter takes models with a vision tower of one fixed size (LLaVA, LLaVA-OneVision); "
-            f"{type(model).__name__} encodes at any size"
-        )
     return FrameFamily(model, processor, aspect, zoom)
-
-
-def _pixels(frame: Any) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(frame)).permute(2, 0, 1)

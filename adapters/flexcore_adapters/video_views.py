@@ -99,6 +99,7 @@ class VideoView(View):
         look: How frames become pixels.
         coarse_index: `[T, stack]` frames of the coarse view.
         fine_index: `[steps, stack]` frames of the fine view.
+        span: The seconds that both views cover.
     """
 
     video: Video
@@ -106,6 +107,7 @@ class VideoView(View):
     look: Look
     coarse_index: np.ndarray
     fine_index: np.ndarray
+    span: tuple[float, float]
     _fitted: OrderedDict[int, Tensor] = field(default_factory=OrderedDict, repr=False)
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 

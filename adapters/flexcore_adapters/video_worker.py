@@ -142,8 +142,10 @@ class Reader:
     def seek(self, key: int) -> None:
         """Go to a key frame."""
         if self.at is None or key >= self.at:
-            # decord looks ahead by decoding time, which is earlier than display time, and overshoots; back is exact
-            self.reader.seek(self.cut + len(self.times) - 1)
+            # decord looks ahead by decoding time, which is earlier than display time, and overshoots; back is exact.
+            # The last key frame is far enough: in a long file the way to the last frame takes most of a second
+            last = self.order[-1]
+            self.reader.seek(self.keys[last] if key < last else self.cut + len(self.times) - 1)
         self.reader.seek(self.keys[key])
         self.at = key
 
