@@ -3,7 +3,7 @@
 Conventions, the same for every function: a multiply-add is 2 FLOPs; only matrix products count (norms, rotary
 tables, softmax and activations are well under 1 %); causal attention counts half of the square; the language
 model's head runs on one row. What makes the features (vision tower, projector) is not part of the decoder and not
-counted.
+counted here: `flexcore.hf.cost` measures it, and `flexcore.roofline` turns FLOPs and bytes into time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ class DecoderShape:
         vocab: Rows of the output head.
         mlp_matrices: 3 for a gated MLP (gate, up, down), 2 for a plain one.
         reading: Layers that read fine tokens, rising; `model.flex_config.layers` of a wrapped model.
+        value_dim: Width of one head's values, where it isn't `head_dim`; 0 if it is.
+        windows: How far back each layer sees: None to the beginning, 0 for a layer without attention. Empty: every
+            layer sees everything.
+        active_params: Weights that one token passes through in all layers together, where they don't follow from
+            the sizes above (mixtures of experts, latent attention, hybrid layers).
+        fine_params: Weights of one reading layer's fine projections, where they don't.
+        cache_width: Numbers that one layer caches of a token of the sequence, where it isn't key and value: latent
+            attention may cache what it makes both from.
+        cached_params: Weights that every cached token passes through anew in each step, in all layers: what it then
+            takes to make both.
 
     Raises:
         ValueError: A size is not positive, heads don't divide, or a reading layer is outside the model.
@@ -46,12 +56,22 @@ class DecoderShape:
     vocab: int
     mlp_matrices: int = 3
     reading: tuple[int, ...] = ()
+    value_dim: int = 0
+    windows: tuple[int | None, ...] = ()
+    active_params: int | None = None
+    fine_params: int | None = None
+    cache_width: int | None = None
+    cached_params: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reading", tuple(self.reading))
+        object.__setattr__(self, "windows", tuple(self.windows))
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.name != "reading" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if f.name in ("reading", "windows") or (value is None and f.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{f.name} must be an integer >= 1, got {value!r}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads={self.heads}, got {self.kv_heads}")
@@ -61,6 +81,13 @@ class DecoderShape:
             raise ValueError(f"reading must rise without repeats, got {self.reading}")
         if self.reading and not 0 <= self.reading[0] <= self.reading[-1] < self.layers:
             raise ValueError(f"reading must lie in [0, {self.layers}), got {self.reading}")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(
+                f"windows must hold one entry per layer ({self.layers}), got {len(self.windows)}"
+            )
+        for i, window in enumerate(self.windows):
+            if window is not None:
+                _count(f"windows[{i}]", window)
 
     @classmethod
     def from_config(cls, config: Any, reading: Sequence[int] = (), mlp_matrices: int = 3) -> DecoderShape:
@@ -78,8 +105,9 @@ class DecoderShape:
         for name in ("num_local_experts", "num_experts", "n_routed_experts"):
             if (getattr(text, name, None) or 0) > 1:
                 raise ValueError(
-                    f"{name}={getattr(text, name)}: a mixture of experts is not covered; build a DecoderShape whose "
-                    "intermediate is the width that one token uses"
+                    f"{name}={getattr(text, name)}: a mixture of experts is not covered here; "
+                    "flexcore.hf.cost.measure(config) finds out what one token uses, or build a DecoderShape whose "
+                    "intermediate is that width"
                 )
 
         def size(*names: str, default: int | None = None) -> int:
@@ -109,9 +137,34 @@ class DecoderShape:
         return attention + self.mlp_matrices * self.hidden * self.intermediate
 
     @property
+    def params(self) -> int:
+        """Weights that one token passes through in all layers."""
+        return self.layers * self.params_per_layer if self.active_params is None else self.active_params
+
+    @property
     def fine_params_per_layer(self) -> int:
         """Weights of one layer's key and value projection, the fine ones alike."""
-        return 2 * self.hidden * self.kv_heads * self.head_dim
+        return self.hidden * self.kv_width if self.fine_params is None else self.fine_params
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that one token's key and value are, in one layer."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def pair_flops(self) -> int:
+        """FLOPs of one query row and one key, over the heads: q k and p v."""
+        return MULTIPLY_ADD * self.heads * (self.head_dim + self.value_dim)
+
+    def seen(self, context: int) -> int:
+        """Keys that a row sees among the last `context` tokens, summed over layers."""
+        windows = self.windows or (None,) * self.layers
+        return sum(context if w is None else min(context, w) for w in windows)
+
+    def kept(self, tokens: int) -> int:
+        """Tokens whose K/V stay in memory, summed over layers: a window needs those before the next row alone."""
+        windows = self.windows or (None,) * self.layers
+        return sum(tokens if w is None else min(tokens, max(w - 1, 0)) for w in windows)
 
     @property
     def readout_layers(self) -> int:
@@ -228,10 +281,9 @@ def decode(
     Raises:
         ValueError: A count is negative, or there isn't one per reading layer.
     """
-    head = shape.heads * shape.head_dim
     plain = Cost(
-        linear=MULTIPLY_ADD * shape.layers * shape.params_per_layer,
-        attention=MULTIPLY_ADD * 2 * shape.layers * _count("context", context) * head,
+        linear=MULTIPLY_ADD * (shape.params + (shape.cached_params or 0) * max(context - 1, 0)),
+        attention=shape.seen(_count("context", context)) * shape.pair_flops,
         lm_head=MULTIPLY_ADD * shape.hidden * shape.vocab,
     )
     if fine_read is None:
@@ -249,38 +301,45 @@ def kv_bytes(
     Args:
         shape: The decoder.
         tokens: Tokens held per layer, or one number per reading layer.
-        layers: Layers that hold `tokens` each; default all of them. Only for a single number.
+        layers: Layers that hold `tokens` each; default all of them, as far as their windows go. Only for a single
+            number.
         itemsize: Bytes of one number: 2 for float16 and bfloat16.
 
     Raises:
         ValueError: A count is negative, or there isn't one per reading layer.
     """
     if isinstance(tokens, int):
-        held = _count("tokens", tokens) * (shape.layers if layers is None else _count("layers", layers))
+        n = _count("tokens", tokens)
+        if layers is None:
+            return shape.kept(n) * (shape.cache_width or shape.kv_width) * itemsize
+        held = n * _count("layers", layers)
     else:
         held = _per_layer("tokens", tokens, shape)
-    return held * 2 * shape.kv_heads * shape.head_dim * itemsize
+    return held * shape.kv_width * itemsize
 
 
 def _sequence(shape: DecoderShape, n: int) -> Cost:
-    # two products (q k and p v) over a square of which causality leaves half
-    square = MULTIPLY_ADD * 2 * n * n * shape.heads * shape.head_dim // 2
+    # twice the pairs in a layer: causality leaves half of a square, and a window the half of its own last one too
+    pairs = sum(
+        n * n if window is None or window >= n else window * (2 * n - window)
+        for window in shape.windows or (None,) * shape.layers
+    )
     return Cost(
-        linear=MULTIPLY_ADD * shape.layers * shape.params_per_layer * n,
-        attention=shape.layers * square,
+        linear=MULTIPLY_ADD * shape.params * n,
+        attention=pairs * shape.pair_flops // 2,
         lm_head=MULTIPLY_ADD * shape.hidden * shape.vocab if n else 0,
     )
 
 
 def _with_fine(shape: DecoderShape, plain: Cost, context: int, projected: int, read: int, rows: int) -> Cost:
-    head = shape.heads * shape.head_dim
     return Cost(
         plain.linear,
         plain.attention,
         plain.lm_head,
         fine_projection=MULTIPLY_ADD * shape.fine_params_per_layer * projected,
-        readout_logits=MULTIPLY_ADD * shape.readout_layers * _count("rows", rows) * context * head,
-        fine_attention=MULTIPLY_ADD * 2 * read * head,
+        readout_logits=MULTIPLY_ADD
+        * (shape.readout_layers * _count("rows", rows) * context * shape.heads * shape.head_dim),
+        fine_attention=read * shape.pair_flops,
     )
 
 

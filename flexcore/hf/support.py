@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import FlexConfig
 from ..errors import UnsupportedModelError
 from .families import Family, Sample, families
+from .readme import write_section
 from .wrapping import attached
 
 CHANGED, UNCHANGED = 1e-3, 1e-5
@@ -123,12 +124,7 @@ def write_readme(path: Path, rows: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: The file has no markers.
     """
-    text = path.read_text(encoding="utf-8")
-    start, end = text.find(MARKERS[0]), text.find(MARKERS[1])
-    if start < 0 or end < start:
-        raise ValueError(f"{path} must hold the lines {MARKERS[0]} and {MARKERS[1]}")
-    section = f"{MARKERS[0]}\n{readme_section(rows)}\n"
-    path.write_text(text[:start] + section + text[end:], encoding="utf-8")
+    write_section(path, MARKERS, readme_section(rows))
 
 
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
