@@ -246,12 +246,16 @@ class AudioAdapter(Adapter):
         layout = self.encoder.layout
         total = -(-recording.length(layout.rate) // layout.window)
         hidden = not self.progress if self.progress is not None else None if total >= _MANY_WINDOWS else True
-        out = []
+        # in one piece: small ones, kept between the windows' large ones, would scatter over the heap and make it grow
+        kind = {"dtype": self.encoder.dtype, "device": self.encoder.device}
+        out, at = torch.empty(grid.n_coarse, self.encoder.width, **kind), 0
         with tqdm(total=total, desc=f"skimming {recording.name}", unit="window", disable=hidden) as bar:
             for samples, lengths in windows(recording, layout, self.micro_batch):
-                out.append(self.encoder.coarse(samples, lengths).flatten(0, 1))
+                part = self.encoder.coarse(samples, lengths).flatten(0, 1)[: len(out) - at]
+                out[at : at + len(part)] = part
+                at += len(part)
                 bar.update(len(samples))
-        return torch.cat(out)[: grid.n_coarse]
+        return out[:at]
 
     @torch.no_grad()
     def _fine(self, samples: Tensor, lengths: Tensor) -> Tensor:

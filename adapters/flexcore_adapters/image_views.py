@@ -74,8 +74,8 @@ class ImageView(View):
 
 
 @dataclass(frozen=True, eq=False)
-class WindowedView(ImageView):
-    """A picture too large to hold: a tile of its fine view is scaled from its own window when it is asked for.
+class LateView(ImageView):
+    """A picture of whose fine view only the tiles are made that are asked for, each scaled from its own window.
 
     Args:
         ground: What both views show.
@@ -96,6 +96,10 @@ class WindowedView(ImageView):
             part = (left, top, left + side, top + side)
             out.append(pixels_of(self.ground.scaled(whole, self.resample, part)))
         return torch.stack(out)
+
+
+class WindowedView(LateView):
+    """A picture too large to hold, whose windows are read from a file."""
 
 
 def padded_view(
@@ -133,9 +137,12 @@ def padded_view(
         ground = PaddedWindows(image, colour)
         # the official coarse view is made of the whole fine one
         return _windowed(grid, ground, side, zoom, zoom, resample, region is None, progress, coarse)
-    fine = fit_square(image, zoom * side, colour, resample)
     coarse = coarse or fit_square(image, side, colour, resample)
-    return ImageView(grid, coarse, pixels_of(fine), zoom, zoom)
+    if region is None:
+        fine = fit_square(image, zoom * side, colour, resample)
+        return ImageView(grid, coarse, pixels_of(fine), zoom, zoom)
+    ground = PaddedWindows(PictureWindows(image), colour)
+    return _late(LateView, grid, coarse, ground, side, zoom, zoom, resample)
 
 
 def native_view(
@@ -164,9 +171,8 @@ def native_view(
     grid = Grid.blocks((cells, cells), (rows * cells, cols * cells), region, tile=cells)
     if isinstance(image, Windows):
         return _windowed(grid, image, side, rows, cols, resample, False, progress, coarse)
-    fine = image.resize((cols * side, rows * side), resample)
     coarse = coarse or image.resize((side, side), resample)
-    return ImageView(grid, coarse, pixels_of(fine), rows, cols)
+    return _late(LateView, grid, coarse, PictureWindows(image), side, rows, cols, resample)
 
 
 def _windowed(
@@ -179,14 +185,29 @@ def _windowed(
     whole: bool,
     progress: bool | None,
     coarse: Image | None,
-) -> WindowedView:
+) -> ImageView:
     """Both views of what is read by window: the coarse one now, tiles of the fine one when they are asked for."""
     coarse = coarse or overview(ground, (side, side), resample, progress)
+    return _late(WindowedView, grid, coarse, ground, side, rows, cols, resample, whole)
+
+
+def _late(
+    kind: type[LateView],
+    grid: Grid,
+    coarse: Image,
+    ground: Windows,
+    side: int,
+    rows: int,
+    cols: int,
+    resample: Resampling,
+    whole: bool = False,
+) -> LateView:
+    """A view that makes tiles when they are asked for, with all its pixels where that can't be."""
     pixels = torch.empty(3, 0, 0, dtype=torch.uint8)
     # whole if it is needed whole, or if its parts would not fit
     if whole or resample.name in UNSTEADY:
         pixels = pixels_of(ground.scaled((cols * side, rows * side), resample))
-    return WindowedView(grid, coarse, pixels, rows, cols, ground, resample)
+    return kind(grid, coarse, pixels, rows, cols, ground=ground, resample=resample)
 
 
 def overview(ground: Windows, size: tuple[int, int], resample: Resampling, progress: bool | None) -> Image:

@@ -1,6 +1,5 @@
 """examples/audio.py, run in this process with a tiny model: what it prints, what it writes, how it fails."""
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +21,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "audio.py"
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_audio", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(load_example) -> ModuleType:
+    return load_example("audio")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("pool", [None, "10"])
-def test_a_recording_and_a_checkpoint(example, checkpoint, recording, tmp_path, capsys, pool):
+def test_a_recording_and_a_checkpoint(example, read_costs, checkpoint, recording, tmp_path, capsys, pool):
     output = tmp_path / "heard.png"
     options = [
         "--model",
@@ -66,19 +62,19 @@ def test_a_recording_and_a_checkpoint(example, checkpoint, recording, tmp_path, 
     assert "listening to 4.5 s of noise.flac" in out
     coarse, n = (112, 9) if pool is None else (23, 10)
     assert f"{coarse} coarse tokens" in out and f"regions ({n},)" in out
-    rows = re.findall(rf"^ +(\d+) +2 of {n} +([\d.]+) +(\d+) of {n} +([\d.]+)   0:0", out, re.MULTILINE)
+    rows = re.findall(
+        rf"^ +(\d+) +2 of {n} +\d+% +([\d.]+) +(\d+) of {n} +\d+% +([\d.]+)$", out, re.MULTILINE
+    )
     assert [int(row[0]) for row in rows] == [1, 2, 3]
     for _, first, regions, seconds in rows:
         assert 0.5 <= float(first) <= 1.0 and 2 <= int(regions) <= 6
         assert float(first) <= float(seconds) <= int(regions) * 0.5 + 0.05
-    table = {
-        name: [float(n.replace(",", "")) for n in re.findall(r"[\d,]+\.\d+", line)]
-        for name in ("coarse only", "flex", "dense high resolution")
-        for line in out.splitlines()
-        if line.startswith(name)
-    }
-    assert table["coarse only"][0] <= table["flex"][0] < table["dense high resolution"][0]
-    assert "(noise:" not in out and re.search(r"windows   \d of 3 encoded", out)
+    moments = re.findall(r"^ +\d+%  0:0([\d.]+) to 0:0([\d.]+)$", out, re.MULTILINE)
+    assert 2 <= len(moments) <= 5 and all(0 <= float(a) < float(b) <= 4.5 for a, b in moments)
+    cost = read_costs(out)
+    assert cost["coarse only"][0] <= cost["flex"][0] < cost["dense high resolution"][0]
+    assert all(row[2] > 0 for row in cost.values())
+    assert "(noise:" not in out and re.search(r"encoded on demand: \d of 3 windows", out)
     with Image.open(output) as picture:
         assert picture.size == (1560, 624) and len(picture.convert("RGB").getcolors(1 << 20)) > 100
 

@@ -1,7 +1,6 @@
 """examples/video.py, run in this process with a tiny model: what it prints, what it writes, how it fails."""
 
 import importlib.metadata
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +9,6 @@ import pytest
 from PIL import Image
 
 import flexcore
-from flexcore.hf.tiny import tiny_llava
 from flexcore_adapters.video import VideoAdapter
 
 pytest.importorskip("decord", reason="decord isn't installed: pip install 'flexcore[video]'")
@@ -19,21 +17,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "video.py"
 
 
 @pytest.fixture(scope="module")
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_video", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved LLaVA of no size: 6x6 coarse cells, 4 layers."""
-    folder = tmp_path_factory.mktemp("llava")
-    model, processor = tiny_llava(layers=4)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def example(load_example) -> ModuleType:
+    return load_example("video")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +33,7 @@ def _needs_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_report_and_picture(example, checkpoint, tmp_path, capsys):
+def test_report_and_picture(example, read_costs, checkpoint, tmp_path, capsys):
     output = tmp_path / "watched.png"
     status = example.main(
         [
@@ -68,18 +53,16 @@ def test_report_and_picture(example, checkpoint, tmp_path, capsys):
     out = capsys.readouterr().out
     assert status == 0
     assert "72 coarse tokens (2, 6, 6), 864 fine tokens (6, 12, 12)" in out
-    layers = re.findall(r"layer +(\d+) +(\d+) regions \( *\d+%\) of +(\d+) frames", out)
-    assert [int(n) for n, _, _ in layers] == [2, 3]
-    assert all(3 <= int(regions) <= 6 and 1 <= int(frames) <= 6 for _, regions, frames in layers)
+    rows = re.findall(r"^ +(\d+) +3 of (\d+) +\d+% +(\d+) +(\d+) of \d+ +\d+% +(\d+)$", out, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [2, 3]
+    for _, n, first, regions, frames in rows:
+        assert 3 <= int(regions) <= 6 <= int(n) and 1 <= int(first) <= int(frames) <= 6
     moments = re.findall(r"^ +0:0([\d.]+)  frame +(\d+) +\d+%  \(\d+, \d+, \d+, \d+\)", out, re.MULTILINE)
     assert moments and all(abs(float(s) - int(frame) / 25) < 0.006 and float(s) < 3 for s, frame in moments)
     assert "100%" in out
-    gflop = {}
-    for name in ("coarse only", "flex", "dense high resolution"):
-        (line,) = [line for line in out.splitlines() if line.startswith(name + "  ")]
-        gflop[name], seconds = (float(n.replace(",", "")) for n in re.findall(r"[\d,]+\.\d+", line))
-        assert seconds > 0
-    assert gflop["coarse only"] < gflop["flex"] < gflop["dense high resolution"]
+    cost = read_costs(out)
+    assert cost["coarse only"][0] < cost["flex"][0] < cost["dense high resolution"][0]
+    assert all(row[2] > 0 for row in cost.values())
     encoded, tiles = map(int, re.search(r"encoded on demand: (\d+) of (\d+) tiles", out).groups())
     assert 0 < encoded <= tiles == 24
     assert "noise" not in out
