@@ -33,6 +33,7 @@ def environment(module: str) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "memory GiB": _memory(),
+            "load": _load(),
         },
     }
 
@@ -50,3 +51,8 @@ def _memory() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _load() -> float | None:
+    """What else the machine has to do: times by the clock mean little where this is more than its cores."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None

@@ -6,6 +6,7 @@ import gzip
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,39 +82,84 @@ def fetch(cache: Path) -> Path:
     return root
 
 
-def pocketsphinx(root: Path) -> list[Utterance]:
-    """Ten utterances: five sentences of a novel, five hands of cards."""
+def pocketsphinx(root: Path, part: str) -> list[Utterance]:
+    """Five utterances: `librivox`, sentences of a novel, or `cards`, hands of cards; by two other speakers."""
+    files = {"librivox": "librivox/transcription", "cards": "cards/cards.transcription"}
+    file = root / "usr/share/pocketsphinx/test/data" / files[part]
     out = []
-    folder = root / "usr/share/pocketsphinx/test/data"
-    for file in (folder / "librivox/transcription", folder / "cards/cards.transcription"):
-        for line in file.read_text().splitlines():
-            if match := re.fullmatch(r"<s>(.*)</s> \((.*)\)", line.strip()):
-                path = file.parent / f"{match[2]}.wav"
-                out.append(Utterance(match[2], _read(path), match[1].strip()))
+    for line in file.read_text().splitlines():
+        if match := re.fullmatch(r"<s>(.*)</s> \((.*)\)", line.strip()):
+            out.append(Utterance(match[2], _read(file.parent / f"{match[2]}.wav"), match[1].strip()))
     return out
 
 
-def asterisk(root: Path, longest: float) -> list[Utterance]:
-    """Telephone prompts of one speaker, joined in the order of the list to clips of at most `longest` seconds."""
+@dataclass(frozen=True)
+class Prompt:
+    """A telephone prompt: its name, whose part before the first dash is the application it belongs to."""
+
+    name: str
+    text: str
+    path: Path
+
+    @property
+    def application(self) -> str:
+        """Such as `vm` for voice mail."""
+        return re.split("[-/_]", self.name)[0]
+
+
+def prompts(root: Path) -> list[Prompt]:
+    """Telephone prompts of one speaker, in the order of the list."""
     packed = (root / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz").read_bytes()
-    listed = gzip.decompress(packed).decode()
     folder = root / "usr/share/asterisk/sounds/en_US_f_Allison"
-    out: list[Utterance] = []
-    parts: list[Tensor] = []
-    texts: list[str] = []
-    for line in listed.splitlines():
+    out = []
+    for line in gzip.decompress(packed).decode().splitlines():
         name, _, text = line.partition(": ")
         path = folder / f"{name}.wav"
         # tones, music and jokes are described in brackets; single letters and words belong to nothing
-        if re.search(r"[\[\]<>();]", line) or len(text.split()) < 4 or not path.exists():
-            continue
-        samples = _read(path)
-        if parts and sum(map(len, parts)) + len(samples) > longest * RATE:
-            out.append(Utterance(f"asterisk-{len(out)}", torch.cat(parts), " ".join(texts)))
-            parts, texts = [], []
+        if not re.search(r"[\[\]<>();]", line) and len(text.split()) >= 4 and path.exists():
+            out.append(Prompt(name, text, path))
+    return out
+
+
+def split(found: Sequence[Prompt], applications: dict[str, set[str]], rest: str) -> dict[str, list[Prompt]]:
+    """Deal prompts out by application, so that sets hold other texts.
+
+    Args:
+        found: All prompts.
+        applications: Of each set but one; of a text that several sets have, the first one keeps it.
+        rest: The set of all other applications.
+    """
+    out: dict[str, list[Prompt]] = {name: [] for name in (*applications, rest)}
+    for prompt in found:
+        own = next((name for name, some in applications.items() if prompt.application in some), rest)
+        out[own].append(prompt)
+    taken: set[str] = set()
+    for name, own_prompts in out.items():
+        out[name] = [p for p in own_prompts if " ".join(words(p.text)) not in taken]
+        taken |= {" ".join(words(p.text)) for p in own_prompts}
+    return out
+
+
+def joined(some: Sequence[Prompt], longest: float) -> list[Utterance]:
+    """Prompts one after another, as clips of at most `longest` seconds; longer ones are left out."""
+    out: list[Utterance] = []
+    parts: list[Tensor] = []
+    texts: list[str] = []
+
+    def finish() -> None:
+        if parts:
+            out.append(Utterance(f"prompts-{len(out)}", torch.cat(parts), " ".join(texts)))
+        parts.clear()
+        texts.clear()
+
+    for prompt in some:
+        samples = _read(prompt.path)
+        if sum(map(len, parts)) + len(samples) > longest * RATE:
+            finish()
         if len(samples) <= longest * RATE:
             parts += [samples, torch.zeros(round(_GAP * RATE))]
-            texts.append(text)
+            texts.append(prompt.text)
+    finish()
     return out
 
 
