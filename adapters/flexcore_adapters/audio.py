@@ -247,8 +247,8 @@ class AudioAdapter(Adapter):
         total = -(-recording.length(layout.rate) // layout.window)
         hidden = not self.progress if self.progress is not None else None if total >= _MANY_WINDOWS else True
         # in one piece: small ones, kept between the windows' large ones, would scatter over the heap and make it grow
-        kind = {"dtype": self.encoder.dtype, "device": self.encoder.device}
-        out, at = torch.empty(grid.n_coarse, self.encoder.width, **kind), 0
+        dtype, device = self.encoder.dtype, self.encoder.device
+        out, at = torch.empty(grid.n_coarse, self.encoder.width, dtype=dtype, device=device), 0
         with tqdm(total=total, desc=f"skimming {recording.name}", unit="window", disable=hidden) as bar:
             for samples, lengths in windows(recording, layout, self.micro_batch):
                 part = self.encoder.coarse(samples, lengths).flatten(0, 1)[: len(out) - at]
