@@ -58,6 +58,9 @@ class FlexConfig:
             without it.
         fine_cache_bytes: Budget of one request's projected fine keys and values; None is unlimited.
         alpha_warmup: `alpha = min(1, epoch * alpha_warmup)` in training (semantics section 6).
+        selection_loss: In training, weight of a loss that teaches a layer's coarse attention to choose what the next
+            layer reads (`flexcore.selection_loss`). Ours and not the paper's; 0, the default and in reference mode,
+            computes nothing.
 
     Raises:
         ValueError: A field is out of range; the message names it.
@@ -82,6 +85,7 @@ class FlexConfig:
     static: bool = False
     fine_cache_bytes: int | None = 4 << 30
     alpha_warmup: float = 10.0
+    selection_loss: float = 0.0
 
     def __post_init__(self) -> None:
         if self.first_layer is not None:
@@ -111,6 +115,7 @@ class FlexConfig:
         if self.fine_cache_bytes is not None:
             _number("fine_cache_bytes", self.fine_cache_bytes, 0, 1 << 62, integer=True)
         _number("alpha_warmup", self.alpha_warmup, 0, 1e9)
+        _number("selection_loss", self.selection_loss, 0, 1e9)
         for name in ("fine_norm", "share_kv_projections", "static"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")

@@ -31,6 +31,7 @@ FULL: dict[str, Any] = {
     "region_size": 3,
     "fine_cache_bytes": 1 << 40,
     "alpha_warmup": 3.5,
+    "selection_loss": 0.3,
 }
 
 
@@ -58,6 +59,7 @@ def test_every_field_survives_json() -> None:
 
 
 OUT_OF_RANGE: dict[str, list[Any]] = {
+    "selection_loss": [-0.1, math.nan, "0.3", True],
     "first_layer": [-1, 10_001, 1.0, True, "8"],
     "layers": [5, "12", (3, 2), (3, 3), (-1,), (1, None), (True,), (1.0,)],
     "selector": ["", None, 3],

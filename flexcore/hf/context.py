@@ -16,6 +16,7 @@ from ..trace import TraceRecord
 from .levels import Attention, attention_by_level, open_levels
 from .rows import RowLayout, row_keys
 from .state import FlexRequest
+from .teaching import Teaching
 from .training_checks import check_reentrant_features, trains_together
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class FlexContext:
         self.keep = not torch.is_grad_enabled()
         self.reentrant = False  # whether a layer ran under a reentrant checkpoint
         self.attended = False  # whether any layer's attention was reached
+        self.teaching: Teaching | None = None  # the selection loss of a training step that has one
         self.selected: dict[int, list[Tensor | None]] = {}
         self.traces = [(trace, trace.number(request)) for trace in binding.traces]
         self._recorded = False
@@ -174,6 +176,10 @@ class FlexContext:
         _, lse, scores = row_attention(
             q, key, None, row_mask, scaling=scaling, softcap=softcap, cells=cells, sinks=sinks
         )
+        if self.teaching is not None and layer in self.binding.selecting:
+            assert cells is not None and scores is not None
+            where = (q, key, cells, scores, with_sinks(lse, sinks))
+            self.teaching.selects(layer, *where, scaling=scaling, softcap=softcap)
         read: dict[int, Attention] = {}
         if chosen is None:
             out = self._joined(layer, out)
@@ -292,6 +298,10 @@ class FlexContext:
             if read is not None and sample.chains:
                 read[i] = attention_by_level(sample, regions, rows, key[None], mask, scaling, softcap)
             row_lse = lse if self.single else lse[b, :, slots].transpose(0, 1)[None]
+            if self.teaching is not None:
+                self.teaching.reads(
+                    self, layer, i, pick, rows, key[None], mask, row_lse, scaling=scaling, softcap=softcap
+                )
             merged = hierarchical_attention(
                 rows,
                 None,

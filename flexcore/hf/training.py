@@ -1,4 +1,4 @@
-"""What training with plain `transformers.Trainer` needs: a collator, a choice of what trains, alpha's warm-up.
+"""What training with plain `transformers.Trainer` needs: a collator, what trains, alpha's warm-up, exploration.
 
 DDP and FSDP2 need no `find_unused_parameters`, also where a process' batch has no media. To generate with a model that
 FSDP2 shards, call `torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")` once, as for any model.
@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import WrapStateError
+from ..exploration import ExploringSelector
 from .collation import collate
 from .inputs import FlexInputs
 from .offload import without_peft
@@ -111,6 +112,72 @@ class AlphaWarmup(TrainerCallback):
                 "alpha must be in the batches for AlphaWarmup to act, and no forward of this step read it; pass "
                 "FlexCollator(..., alpha=warmup), or put warmup.alpha into every batch"
             )
+
+
+class Exploration(TrainerCallback):
+    """Let rows read more than was selected: everything at first, then less, at the end a few random regions.
+
+    Ours and not the paper's, like `FlexConfig(selection_loss=...)`, which it goes well with: what is never read can't
+    be learned about. The share of the other regions that a row gets to see falls from 1 to `floor` over the first part
+    of the training. Evaluation between steps, and the model afterwards, read what the selector chose and no more.
+
+    Args:
+        anneal: The part of the training's steps over which the share falls.
+        floor: The share from then on.
+
+    Raises:
+        ValueError: An argument is outside `[0, 1]`.
+    """
+
+    def __init__(self, anneal: float = 0.5, floor: float = 0.1):
+        for name, value in (("anneal", anneal), ("floor", floor)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+        self.anneal = anneal
+        self.floor = floor
+        self.share = 0.0
+
+    def at(self, progress: float) -> float:
+        """The share when this part of the training, in `[0, 1]`, is over."""
+        left = 1 - progress / self.anneal if self.anneal else 0.0
+        return self.floor + (1 - self.floor) * max(0.0, left)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put a selector that explores in front of the model's own.
+
+        Raises:
+            WrapStateError: The model isn't wrapped.
+        """
+        binding = getattr(without_peft(kwargs["model"]), "_flex_binding", None)
+        if binding is None:
+            raise WrapStateError(
+                "Exploration: the model isn't wrapped; call flexcore.wrap(model, config) first"
+            )
+        if not isinstance(binding.selector, ExploringSelector):  # left there by a training that broke off
+            binding.selector = ExploringSelector(binding.selector, lambda: self.share)
+        binding.selector.share = lambda: self.share
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the share for the optimizer step that begins."""
+        self.share = self.at(state.global_step / max(1, state.max_steps))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """No exploration between steps."""
+        self.share = 0.0
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model its own selector back."""
+        binding = without_peft(kwargs["model"])._flex_binding
+        if isinstance(binding.selector, ExploringSelector):
+            binding.selector = binding.selector.inner
 
 
 class FlexCollator:

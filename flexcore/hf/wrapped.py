@@ -22,6 +22,7 @@ from .roundabout import injecting, roundabout
 from .saving import saving_methods
 from .state import FlexRequest
 from .static import project_all, running, static_step
+from .teaching import Teaching
 from .training_checks import check_reentrant_inputs, no_media, trains_together
 
 ON_CACHE = "_flexcore_request"
@@ -76,6 +77,7 @@ def wrapped_class(base: Any) -> type:
             kwargs = with_coarse_embeds(self, kwargs, context)
             if context is None:
                 return base.forward(self, **kwargs)
+            context.teaching = Teaching.of(self, kwargs)
             if binding.ear is None and not binding.carried:
                 out = base.forward(self, **kwargs, flex_streams=context)
             else:
@@ -90,6 +92,8 @@ def wrapped_class(base: Any) -> type:
             if binding.config.static:
                 project_all(context)
             _ride_on_cache(out, context.request)
+            if context.teaching is not None:
+                out = context.teaching.added(out, context.reentrant)
         return out
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
