@@ -2,7 +2,8 @@
 
 `hierarchical_attention_reference` says it in one concatenation. `hierarchical_attention` gives the same numbers from
 a plain output that is already there: with the exact log-sum-exp of both parts, the joint softmax is
-`o = o_plain * exp(lse - lse_joint) + o_fine * exp(lse_fine - lse_joint)` (semantics section 5).
+`o = o_plain * exp(lse - lse_joint) + o_fine * exp(lse_fine - lse_joint)` (semantics section 5). On CUDA a kernel may
+do the fine part and the merge (`flexcore/kernels`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
 from .row_attention import RowMask, row_attention, with_sinks
 
 
@@ -134,6 +136,22 @@ def hierarchical_attention(
                 own = own * torch.exp(own_lse - with_sinks(own_lse, sinks))[..., None]
             plain = own.transpose(1, 2)
         lse = with_sinks(own_lse, sinks) if lse is None else lse
+    if (query.is_cuda or kernels.INTERPRETED) and kernels.reads_regions(
+        query, fine_key, fine_value, fine_mask
+    ):
+        from .kernels.region_attention import read_regions
+
+        return read_regions(
+            query,
+            fine_key,
+            fine_value,
+            fine_mask,
+            plain,
+            lse,
+            scaling=scaling,
+            softcap=softcap,
+            alpha=alpha,
+        )
     fine, fine_lse, _ = row_attention(
         query, fine_key, fine_value, fine_mask, scaling=scaling, softcap=softcap
     )

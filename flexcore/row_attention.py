@@ -2,6 +2,7 @@
 
 Only readout rows come through here, a bounded chunk of them at a time, so that neither the N x N map nor a
 rows x all-keys matrix beyond `CHUNK_BYTES` ever exists; the backward pass recomputes its chunk's probabilities.
+Where no output is wanted, a kernel may do the forward pass on CUDA (`flexcore/kernels`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from . import kernels
 
 CHUNK_BYTES = 32 << 20
 CHUNK_ROWS = 128
@@ -106,6 +109,10 @@ def _forward(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    if v is None and (q.is_cuda or kernels.INTERPRETED) and kernels.reads_out(q, k, mask):
+        from .kernels.readout import readout
+
+        return None, *readout(q, k, mask, cells, scaling=scaling, softcap=softcap, sinks=sinks)
     batch, heads = q.shape[:2]
     exact = torch.promote_types(q.dtype, torch.float32)
     k = k.to(exact)

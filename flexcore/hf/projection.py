@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..errors import UnsupportedModelError
 from .fused import Spread, rows_only, used_rows
 from .interface import CARRIED, Capture, Captured
@@ -65,14 +67,28 @@ def shadow_key_value(
         ]
         key, value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
         return key, value
+    if site.rotary is not None:
+        if tables is None:
+            assert positions is not None
+            tables = rotary_tables(site.rotary, features, positions, longest)
+        if (features.is_cuda or kernels.INTERPRETED) and _plain(site, replaced, features, tables):
+            return _projected(replaced, features, tables)
+    return _captured(site, replaced, features, positions, tables)
+
+
+def _captured(
+    site: AttentionSite,
+    replaced: dict[str, nn.Module],
+    features: Tensor,
+    positions: Tensor | None,
+    tables: Any,
+) -> tuple[Tensor, Tensor]:
+    """`shadow_key_value` by shadow and capture, with the rotary tables made."""
     shadow = _with_modules(site.attention, replaced)
     call = {name: {} if value is dict else value for name, value in site.call.items()}
     if "position_ids" in call:
         call["position_ids"] = positions
     if site.rotary is not None:
-        if tables is None:
-            assert positions is not None
-            tables = rotary_tables(site.rotary, features, positions, longest)
         call[site.rotary.argument] = tables
     if site.needs_mask:
         batch, length = features.shape[:2]
@@ -98,6 +114,86 @@ def shadow_key_value(
             "be projected through it; leave this layer out"
         )
     return capture.key, capture.value
+
+
+_like_llama: WeakKeyDictionary[AttentionSite, bool] = WeakKeyDictionary()
+
+
+def _plain(site: AttentionSite, replaced: dict[str, nn.Module], features: Tensor, tables: Any) -> bool:
+    """Whether a kernel may make key and value: two fine linear layers, Llama's rotation, and nothing else."""
+    key, value = (replaced.get(name) for name in ("k_proj", "v_proj"))
+    if not (type(key) is nn.Linear and type(value) is nn.Linear) or _hooked(key) or _hooked(value):
+        return False
+    if not (isinstance(tables, tuple) and len(tables) == 2 and features.shape[0] == 1):
+        return False
+    if any(not isinstance(t, Tensor) or t.shape[:-1] != features.shape[:-1] for t in tables):
+        return False
+    if not kernels.projects(features, key, value, tables[0], tables[1]):
+        return False
+    if site not in _like_llama:
+        _like_llama[site] = _makes_like_llama(site, replaced, features, tables[0].shape[-1])
+    return _like_llama[site]
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+@torch.no_grad()
+def _makes_like_llama(
+    site: AttentionSite, replaced: dict[str, nn.Module], features: Tensor, width: int
+) -> bool:
+    """Try a layer's own code on random weights and tables, small features and large ones, against Llama's formula."""
+    from ..kernels.gather_project_rotate import gather_project_rotate_reference
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(features)
+
+    linear: dict[str, nn.Module] = {}
+    weights = []
+    for name in ("k_proj", "v_proj"):
+        weight = replaced[name].weight
+        assert isinstance(weight, Tensor)
+        module = nn.Linear(site.width, len(weight), bias=False, device=weight.device, dtype=weight.dtype)
+        weights.append(module.weight.copy_(random(*weight.shape) * site.width**-0.5))
+        linear[name] = module
+    heads = len(weights[0]) // width
+    positions = torch.arange(4, device=features.device)[None]
+    for size in (1.0, 1e3):  # some families clamp what they project
+        some, cos, sin = size * random(1, 4, site.width), random(1, 4, width), random(1, 4, width)
+        try:
+            found = _captured(site, {**replaced, **linear}, some, positions, (cos, sin))
+        except Exception:  # whatever its code makes of tables that aren't its own
+            return False
+        expected = gather_project_rotate_reference(some[0], weights[0], weights[1], cos[0], sin[0], heads)
+        for f, e in zip(found, expected, strict=True):
+            e = e.transpose(0, 1)[None]
+            # rounding is far below, every other formula far above
+            if f.shape != e.shape or not float((f - e).abs().max()) < 0.02 * float(e.abs().max()):
+                return False
+    return True
+
+
+def _projected(replaced: dict[str, nn.Module], features: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
+    from ..kernels.gather_project_rotate import gather_project_rotate
+
+    key, value = replaced["k_proj"], replaced["v_proj"]
+    assert isinstance(key, nn.Linear) and isinstance(value, nn.Linear)
+    cos, sin = (t[0] for t in tables)
+    pages = gather_project_rotate(
+        features[0],
+        key.weight,
+        value.weight,
+        cos,
+        sin,
+        key.weight.shape[0] // cos.shape[-1],
+        key_bias=key.bias,
+        value_bias=value.bias,
+    )
+    key_pages, value_pages = (t.transpose(0, 1)[None] for t in pages)
+    return key_pages, value_pages
 
 
 def _with_modules(module: nn.Module, replaced: dict[str, nn.Module]) -> nn.Module:
