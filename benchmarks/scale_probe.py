@@ -24,7 +24,7 @@ import flexcore
 from flexcore.hf.tiny import tiny_llama, tiny_llava
 from flexcore.hf.tiny_audio import tiny_audio_tokenizer
 
-NEW_TOKENS = 8
+NEW_TOKENS = 16
 OPENINGS = 3
 REGIONS = 3  # per layer and row, whatever the medium's length
 CELL_SECONDS = 30  # of sound in a coarse token: ten hours are 1,200 of them

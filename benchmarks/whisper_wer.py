@@ -239,7 +239,8 @@ def markdown(found: dict[str, Any]) -> str:
             "third speaker), and the weights with the fewest errors there were kept: after "
             f"{', '.join(steps['pooled only'])} steps for pooling alone, after {', '.join(steps['flex'])} with fine "
             f"projections. Equal steps aren't equal time: {seconds['pooled only']:.0f} s and {seconds['flex']:.0f} s "
-            f"of one core for {settings['steps']}. Pool, regions and learning rate weren't tuned."
+            f"of one core for {settings['steps']}. Pool, regions and learning rate are those of an earlier run, whose "
+            "results on a part of these recordings were known; they weren't tuned again."
         )
     return "\n".join([*lines, "", text.strip()])
 
