@@ -413,7 +413,9 @@ def test_built_in_selectors_read_their_fields(config: FlexConfig, expected: Sele
 
 
 def test_unknown_selector_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown selector 'nearest'.*all, .*random, threshold, top_k, top_p"):
+    with pytest.raises(
+        ValueError, match=r"unknown selector 'nearest'.*all, .*random, threshold, top_k, top_p"
+    ):
         make_selector(FlexConfig(selector="nearest"))
 
 

@@ -1,0 +1,1 @@
+"""Magnifier: small digits in coloured frames on photographs, read by coarse-only, Flex and dense models."""

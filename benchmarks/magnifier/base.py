@@ -1,0 +1,121 @@
+"""Stage one: a coarse-only base that learns to look up a frame by its colour and read it, on pictures it can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .encoder import CELLS, Reader
+from .loop import generator, train
+from .model import assemble
+from .pictures import answers
+from .questions import IMAGE_AT, Questions
+from .scenes import readable
+
+
+class ReadablePictures:
+    """Readable scenes as the encoder's features `[n, 64, C]`, and the answers `[n, 2, 6]`.
+
+    Args:
+        tower: The frozen encoder.
+        split: Whose digits and photographs.
+        n: How many scenes.
+        seed: Where they are drawn from.
+    """
+
+    def __init__(self, tower: nn.Module, split: str, n: int, seed: int):
+        features, digits = [], []
+        for start in tqdm(range(0, n, 64), desc=f"readable {split}", disable=None):
+            scenes = [readable(generator(seed, 3, i), split) for i in range(start, min(start + 64, n))]
+            pixels = np.stack([scene.pixels for scene in scenes])
+            with torch.no_grad():
+                shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+                features.append(tower(shown).last_hidden_state)
+            digits.append(answers(scenes)[0])
+        self.features, self.digits = torch.cat(features), np.concatenate(digits)
+
+
+class Base(nn.Module):
+    """Projector and decoder, called with the encoder's features.
+
+    Only the row that answers looks at the picture, so that it learns to look for itself: it is the one that selects
+    and reads later. Left to itself the base lets the colour's word look, and copies from there. Early on it may:
+    there, finding the frame takes one layer and not two, and what was learned is of use to the answering row.
+    """
+
+    def __init__(self, llava: nn.Module):
+        super().__init__()
+        self.llava = llava
+        self.questions = asked = Questions()
+        before = IMAGE_AT + CELLS**2
+        self.positions = asked.positions(torch.arange(before))[None]
+        ends = asked.rows(before)
+        self.rows = {True: torch.cat([ends, asked.naming(before)]), False: ends}
+        self.masks = {early: asked.mask(before, answers_look=not early) for early in (True, False)}
+
+    def forward(self, features: Tensor, digits: np.ndarray, early: bool = False) -> tuple[Tensor, Tensor]:
+        """Logits `[B, Q, vocabulary]` of the answers, and the answers; early on two of each."""
+        colours = self.questions.colours(digits)
+        text = self.questions.text(colours)
+        ids = torch.cat([text.new_full((len(text), 1), self.questions.begin), text], dim=1)
+        embeds = self.llava.get_input_embeddings()(ids)
+        seen = self.llava.model.multi_modal_projector(features)
+        logits = self.llava(
+            inputs_embeds=torch.cat([embeds[:, :IMAGE_AT], seen, embeds[:, IMAGE_AT:]], dim=1),
+            attention_mask=self.masks[early],
+            position_ids=self.positions.expand(len(ids), -1),
+            logits_to_keep=self.rows[early],
+            use_cache=False,
+        ).logits
+        wanted = self.questions.digits[self.questions.of(digits, colours)]
+        return logits, wanted.repeat(1, 2) if early else wanted
+
+
+def with_encoder(reader: Reader, seed: int = 0) -> Any:
+    """A LLaVA whose tower is the trained encoder; the rest is random."""
+    llava = assemble(seed)
+    llava.model.vision_tower.load_state_dict(reader.tower.state_dict())
+    llava.model.vision_tower.requires_grad_(False)
+    return llava
+
+
+def train_base(
+    folder: Path, reader: Reader, steps: int, seed: int = 0, batch: int = 16, scenes: int = 8000
+) -> Any:
+    """Train the base, or load it if it is done; returns the LLaVA.
+
+    Args:
+        folder: Where its checkpoints go.
+        reader: The trained encoder.
+        steps: In all.
+        seed: Of the weights and the data.
+        batch: Pictures in a step; each is asked all questions.
+        scenes: Pictures in all.
+    """
+    llava = with_encoder(reader, seed)
+    base = Base(llava)
+    if not (folder / "done").exists():
+        data = ReadablePictures(reader.tower.eval(), "train", scenes, seed)
+        held = ReadablePictures(reader.tower, "val", 200, seed)
+
+    def right(logits: Tensor, wanted: Tensor) -> dict[str, float]:
+        found = (logits.argmax(-1) == wanted).float().mean(0)[: len(base.questions)]
+        at = torch.tensor([kind == "frame" for kind in base.questions.kind_of])
+        return {"frame": float(found[at].mean()), "left": float(found[~at].mean())}
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        which = generator(seed, 4, step).integers(scenes, size=batch)
+        logits, wanted = base(data.features[which], data.digits[which], early=step < steps // 4)
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()), right(logits, wanted)
+
+    def validate() -> dict[str, float]:
+        return {f"val_{kind}": share for kind, share in right(*base(held.features, held.digits)).items()}
+
+    train(folder, base, loss, steps=steps, learning_rate=2e-3, report=validate, report_every=100)
+    return llava.eval()
