@@ -19,8 +19,9 @@ import common
 from asking import Answer, ask
 
 import flexcore
-from flexcore.viz import open_photo, region_boxes
+from flexcore.viz import region_boxes
 from flexcore_adapters.extras import carried
+from flexcore_adapters.image_io import image_size, open_header, orientation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--image", type=Path, help="default: a photograph that scikit-image carries")
     add("--model", help="a checkpoint like LLaVA's, LLaVA-NeXT's or Qwen2-VL's; default: a tiny random LLaVA")
     add("--zoom", type=int, help="fine tokens per coarse token and axis; default: the adapter's, 3 for LLaVA")
+    add("--max-pixels", type=int, help="the largest picture accepted; default: Pillow's limit")
     question = "What is standing in the garage?"
     common.add_options(parser, question=question, selector="threshold", threshold=48, output="looked_at.png")
     args = parser.parse_args(argv)
@@ -51,11 +53,12 @@ def default_photo() -> Path:
 
 def run(args: argparse.Namespace) -> None:
     """Load, wrap, look, answer, report."""
-    size = open_photo(args.image).size
+    size = photo_size(args.image)
     model, processor, note = model_of(args)
     if not flexcore.is_wrapped(model):
         common.wrap(model, args)
-    options = {} if args.zoom is None else {"zoom": args.zoom}
+    given = {"zoom": args.zoom, "max_pixels": args.max_pixels}
+    options = {name: value for name, value in given.items() if value is not None}
     started = time.perf_counter()
     adapter = flexcore.load_adapter("image", model, processor, **options)
     text = common.prompt(adapter, args.question, {"type": "image"})
@@ -69,8 +72,17 @@ def run(args: argparse.Namespace) -> None:
         model, answer, "fine tokens", lambda r: f"{int(tokens[r].sum()):,}", most_read(answer, size)
     )
     common.report_cost(model, answer, "tile")
+    report_windows(answer)
     answer.trace.overlay(args.image).save(args.output)
     common.report_answer(processor, answer, args.question, note, args.output)
+
+
+def photo_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright photo, from its header alone."""
+    width, height = image_size(path)
+    with open_header(path) as header:
+        turned = orientation(header) > 4
+    return (height, width) if turned else (width, height)
 
 
 def model_of(args: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -83,6 +95,24 @@ def model_of(args: argparse.Namespace) -> tuple[Any, Any, str]:
     # LLaVA-1.5's view of a picture, 24x24 coarse tokens, in front of a decoder of no size
     model, processor = tiny_llava(layers=8, image_size=336, patch_size=14)
     return common.place(model, args), processor, common.NOISE
+
+
+def report_windows(answer: Answer) -> None:
+    """What reading a large picture by window took."""
+    windows = getattr(answer.stream.source, "windows", None)
+    if windows is None or not windows.windows:
+        return
+    try:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = f"; peak memory {peak / 2**20:,.0f} MiB"
+    except ImportError:  # not a Unix
+        memory = ""
+    print(
+        f"read by window: {windows.windows} windows of {windows.peak_bytes / 2**20:.1f} MiB at most, spooled "
+        f"{windows.spool_bytes / 2**20:,.0f} MiB, {windows.seconds:.1f} s{memory}"
+    )
 
 
 def most_read(answer: Answer, size: tuple[int, int], most: int = 5) -> list[str]:
