@@ -117,5 +117,7 @@ def train_base(
     def validate() -> dict[str, float]:
         return {f"val_{kind}": share for kind, share in right(*base(held.features, held.digits)).items()}
 
-    train(folder, base, loss, steps=steps, learning_rate=2e-3, report=validate, report_every=100)
+    train(
+        folder, base, loss, steps=steps, learning_rate=2e-3, save_every=100, report=validate, report_every=100
+    )
     return llava.eval()

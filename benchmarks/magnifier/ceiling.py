@@ -95,5 +95,14 @@ def train_ceiling(folder: Path, fine: bool, steps: int = 3000, seed: int = 0) ->
     def validate() -> dict[str, float]:
         return {"val": float((model(held[0]).argmax(1) == held[1]).float().mean())}
 
-    train(folder, model, step_loss, steps=steps, learning_rate=2e-3, report=validate, report_every=500)
+    train(
+        folder,
+        model,
+        step_loss,
+        steps=steps,
+        learning_rate=2e-3,
+        report=validate,
+        save_every=100,
+        report_every=500,
+    )
     return model
