@@ -190,13 +190,11 @@ def compile_cases() -> Iterator[Case]:
 
 def statistics(targets: Sequence[int] = TARGETS) -> tuple[list[tuple[Case, Artefact]], list[str]]:
     """Registers, spills and shared memory of every launch, and why there are none for some targets."""
-    found: dict[Artefact, Case] = {}
-    reasons = []
+    found, reasons = [], []
     for target in targets:
         if reason := missing_tools(target):
             reasons.append(f"sm_{target}: {reason}")
             continue
         for case in tqdm(list(compile_cases()), desc=f"compiling for sm_{target}"):
-            for artefact in compiled(case.launches(), target):
-                found.setdefault(artefact, case)
-    return [(case, artefact) for artefact, case in found.items()], reasons
+            found += [(case, artefact) for artefact in compiled(case.launches(), target)]
+    return found, reasons

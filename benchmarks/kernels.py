@@ -140,23 +140,31 @@ def report(result: dict[str, Any]) -> str:
                 f"| {times['torch_us']:.1f} | {times['kernel_call_us']:.1f} | {times['torch_call_us']:.1f} "
                 f"| {floor} |"
             )
-    lines += ["", *(f"Not compiled: {reason}." for reason in result["not_compiled"])]
-    if result["compiled"]:
-        worst = max(a["spilled"] for a in result["compiled"])
-        lines += [
-            f"Compiled for {', '.join(f'sm_{t}' for t in sorted({a['target'] for a in result['compiled']}))}: "
-            f"{len(result['compiled'])} kernels, most spilled bytes {worst}, most shared memory "
-            f"{max(a['shared'] for a in result['compiled'])} bytes of {SHARED_LIMIT} on the smallest GPUs.",
-            "",
-            "| kernel | dtype | D | rows | target | warps | registers | spilled | stack | shared |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for a in result["compiled"]:
-            lines.append(
-                f"| {a['kernel']} | {a['dtype']} | {a['width']} | {a['rows']} | sm_{a['target']} | {a['warps']} "
-                f"| {a['registers']} | {a['spilled']} | {a['stack']} | {a['shared']} |"
-            )
-    return "\n".join(lines)
+    lines += ["", *(f"Not compiled for {reason}." for reason in result["not_compiled"])]
+    return "\n".join([*lines, *_compiled_table(result["compiled"])])
+
+
+def _compiled_table(compiled: list[dict[str, Any]]) -> list[str]:
+    if not compiled:
+        return []
+    targets = sorted({a["target"] for a in compiled})
+    lines = [
+        f"Compiled for {', '.join(f'sm_{t}' for t in targets)}: {len(compiled)} kernels, most spilled bytes "
+        f"{max(a['spilled'] for a in compiled)}, most shared memory {max(a['shared'] for a in compiled)} bytes of the "
+        f"{SHARED_LIMIT} that the smallest GPUs have. By target: registers, spilled bytes, shared bytes. A "
+        "projection's rows are the width of its features.",
+        "",
+        f"| kernel | dtype | D | groups | rows | warps | {' | '.join(f'sm_{t}' for t in targets)} |",
+        "|---|---|---|---|---|---|" + "---|" * len(targets),
+    ]
+    rows: dict[tuple[Any, ...], dict[int, str]] = {}
+    for a in compiled:
+        key = tuple(a[n] for n in ("kernel", "dtype", "width", "groups", "rows", "warps"))
+        rows.setdefault(key, {})[a["target"]] = f"{a['registers']}, {a['spilled']}, {a['shared']}"
+    for key, cells in sorted(rows.items(), key=lambda row: row[0][:1]):
+        values = [*map(str, key), *(cells.get(t, "") for t in targets)]
+        lines.append(f"| {' | '.join(values)} |")
+    return lines
 
 
 def write_notes(text: str, path: Path = NOTES) -> None:
@@ -198,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "times": [measured(case) for case in tqdm(cases(), desc="timing")] if cuda else [],
         "not_compiled": reasons,
         "compiled": [
-            {**asdict(a), "dtype": c.shape.dtype, "width": c.shape.width, "rows": c.shape.rows}
+            asdict(a) | {n: getattr(c.shape, n) for n in ("dtype", "width", "groups", "rows")}
             for c, a in kept
         ],
     }
