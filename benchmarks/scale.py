@@ -241,7 +241,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 axis.legend(frameon=False)
                 axis.set_yscale("log")
             else:
-                axis.set_ylim(bottom=0)
+                axis.set_ylim(0, 1.1 * max(of(r.found) for r in own))
             axis.set_xscale("log")
             axis.set_xticks([r.length for r in own], [r.label for r in own])
             axis.xaxis.set_minor_locator(NullLocator())

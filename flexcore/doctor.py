@@ -31,6 +31,7 @@ _EXTRAS = {
     "audio": "listen to sound",
     "train": "train",
     "cli": "draw what was looked at",
+    "bench": "run the benchmarks",
 }
 _DECORDS = ("decord", "decord2", "eva-decord")
 _AUDIO_FORMATS = ("WAV", "FLAC", "OGG", "MP3")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +20,7 @@ from flexcore_adapters.video import VideoAdapter
 from flexcore_adapters.video_io import open_video
 from flexcore_adapters.video_time import clock, frames_at, span, steps
 
-from .video_helpers import bunny, fake_decord, ffmpeg, stripes
+from .video_helpers import bunny, fake_decord, stripes
 
 SIDE, CELLS = 48, 6
 PROMPT = "USER: <video>\nWhat happens? ASSISTANT:"
@@ -424,47 +420,6 @@ def test_unknown_option_and_unsuitable_model(model):
         VideoAdapter(*model, frames=3)
     with pytest.raises(UnsupportedModelError):
         VideoAdapter(tiny_llama(), model[1])
-
-
-# ---------------------------------------------------------------------- length
-
-
-PEAK = """
-import resource, sys, torch
-import flexcore
-from flexcore.hf.processing import collate
-from flexcore.hf.tiny import tiny_llava
-torch.set_num_threads(1)
-model, processor = tiny_llava()
-flexcore.wrap(model, flexcore.FlexConfig(first_layer=1, selector="top_k", top_k=3, region_size=3))
-adapter = flexcore.load_adapter("video", model, processor, max_frames=128)
-inputs = adapter("USER: <video> What? ASSISTANT:", videos=sys.argv[1])
-model.generate(**inputs, max_new_tokens=3, do_sample=False)
-adapter.decoder.close()
-kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-print(*(resource.getrusage(kind).ru_maxrss // 1024 for kind in kinds))
-"""
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_length(tmp_path):
-    peaks = {}
-    for name, loops in (("two_minutes", 22), ("two_hours", 1363)):
-        path: Path = tmp_path / f"{name}.mp4"
-        ffmpeg("-stream_loop", loops, "-i", bunny(), "-an", "-c", "copy", path)
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        run = subprocess.run(
-            [sys.executable, "-c", PEAK, str(path)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        peaks[name] = [int(n) for n in run.stdout.split()]
-        print(f"{name}: {peaks[name][0]} MiB, decoder {peaks[name][1]} MiB")
-    for short, long in zip(*peaks.values(), strict=True):
-        assert long <= 1.2 * short
 
 
 def test_is_registered():
