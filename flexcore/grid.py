@@ -47,6 +47,9 @@ def _shares(padding: Sequence[tuple[float, float]]) -> tuple[tuple[float, float]
         raise ValueError(f"padding must be a pair of shares per axis, got {padding!r}") from None
 
 
+_TABLE_TOKENS = 1 << 16
+
+
 @dataclass(frozen=True)
 class Grid:
     """One medium's coarse cells, fine tokens and regions.
@@ -224,6 +227,16 @@ class Grid:
             `[n, P]` flat fine indices, -1 where a region is smaller than the largest one.
         """
         regions = self.check_regions(regions)
+        if self.n_regions * self.region_tokens <= _TABLE_TOKENS:
+            return self._token_table[regions]
+        return self._tokens(regions)
+
+    @_kept
+    def _token_table(self) -> Tensor:
+        # small lattices are asked for over and over, in training by every sample of every layer
+        return self._tokens(torch.arange(self.n_regions))
+
+    def _tokens(self, regions: Tensor) -> Tensor:
         flat = torch.zeros(len(regions), 1, dtype=torch.long)
         rank = torch.zeros(len(regions), 1, dtype=torch.long)
         ok = torch.ones(len(regions), 1, dtype=torch.bool)

@@ -91,6 +91,13 @@ def test_tokens_in_any_order(grid: Grid) -> None:
     assert grid.tokens(torch.tensor([])).shape == (0, grid.region_tokens)
 
 
+def test_tokens_of_a_lattice_too_large_for_a_table(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    pick = torch.tensor(random.Random(2).choices(range(grid.n_regions), k=7))
+    expected = grid.tokens(pick)
+    monkeypatch.setattr("flexcore.grid._TABLE_TOKENS", 0)
+    assert torch.equal(grid.tokens(pick), expected)
+
+
 def test_unravel_is_raster_order(grid: Grid) -> None:
     found = torch.stack(grid.unravel(all_regions(grid)), dim=1).tolist()
     assert [tuple(r) for r in found] == raster(grid.region_shape)

@@ -77,11 +77,16 @@ class Arm:
 
 
 def _flex(**changes: Any) -> FlexConfig:
-    settings = {"first_layer": 1, "selector": "top_k", "top_k": TOP_K, "region_size": REGION, **changes}
+    settings = {
+        **{"first_layer": 1, "selector": "top_k", "top_k": TOP_K, "region_size": REGION},
+        # the projector's features are several times as large as what a layer's K/V projections are used to
+        "fine_norm": True,
+        **changes,
+    }
     return FlexConfig(**settings)
 
 
-OURS = {"selection_loss": 0.3}
+OURS = {"selection_loss": 1.0}
 ARMS: dict[str, Arm] = {
     "coarse": Arm(),
     "random": Arm(_flex(selector="magnifier_random")),
@@ -99,7 +104,7 @@ ABLATIONS: dict[str, Arm] = {
     "positions-official": Arm(_flex(positions="official", **OURS), explore=True),
     "positions-fractional": Arm(_flex(positions="fractional", **OURS), explore=True),
     "readout-text": Arm(_flex(readout="text", **OURS), explore=True),
-    "fine-norm": Arm(_flex(fine_norm=True, **OURS), explore=True),
+    "raw-features": Arm(_flex(fine_norm=False, **OURS), explore=True),
     "start-layer-0": Arm(_flex(first_layer=0, **OURS), explore=True),
     "start-layer-2": Arm(_flex(first_layer=2, **OURS), explore=True),
     "start-layer-3": Arm(_flex(first_layer=3, **OURS), explore=True),

@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from .encoder import CELLS, Reader
 from .loop import generator, train
-from .model import assemble
-from .pictures import answers
+from .model import HIDDEN, assemble
+from .pictures import answers, targets
 from .questions import IMAGE_AT, Questions
-from .scenes import readable
+from .scenes import NAMES, readable
+
+AIM_LAYER, AIM_WEIGHT = 3, 0.5
 
 
 class ReadablePictures:
-    """Readable scenes as the encoder's features `[n, 64, C]`, and the answers `[n, 2, 6]`.
+    """Readable scenes as the encoder's features `[n, 64, C]`, the answers and the colours of their frames `[n, 2, 6]`.
 
     Args:
         tower: The frozen encoder.
@@ -30,7 +32,7 @@ class ReadablePictures:
     """
 
     def __init__(self, tower: nn.Module, split: str, n: int, seed: int):
-        features, digits = [], []
+        features, digits, aims = [], [], []
         for start in tqdm(range(0, n, 64), desc=f"readable {split}", disable=None):
             scenes = [readable(generator(seed, 3, i), split) for i in range(start, min(start + 64, n))]
             pixels = np.stack([scene.pixels for scene in scenes])
@@ -38,7 +40,9 @@ class ReadablePictures:
                 shown = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
                 features.append(tower(shown).last_hidden_state)
             digits.append(answers(scenes)[0])
-        self.features, self.digits = torch.cat(features), np.concatenate(digits)
+            aims.append(targets(scenes))
+        self.features = torch.cat(features)
+        self.digits, self.aims = np.concatenate(digits), np.concatenate(aims)
 
 
 class Base(nn.Module):
@@ -47,6 +51,9 @@ class Base(nn.Module):
     Only the row that answers looks at the picture, so that it learns to look for itself: it is the one that selects
     and reads later. Left to itself the base lets the colour's word look, and copies from there. Early on it may:
     there, finding the frame takes one layer and not two, and what was learned is of use to the answering row.
+
+    A linear head on the answering row, thrown away afterwards, says in the middle of the decoder which frame the
+    question is about. Without it "left of" isn't learned in this many steps: it takes two lookups before the reading.
     """
 
     def __init__(self, llava: nn.Module):
@@ -58,6 +65,18 @@ class Base(nn.Module):
         ends = asked.rows(before)
         self.rows = {True: torch.cat([ends, asked.naming(before)]), False: ends}
         self.masks = {early: asked.mask(before, answers_look=not early) for early in (True, False)}
+        self.ends = ends
+        self.aim = nn.Linear(HIDDEN, len(NAMES))
+        self.middle: Tensor | None = None  # what the layer in the middle put out last
+        self.hook = llava.model.language_model.layers[AIM_LAYER].register_forward_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.middle = output[0] if isinstance(output, tuple) else output
+
+    def aimed(self, digits: np.ndarray, aims: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Logits `[B, Q, 6]` of the frame's colour in the last forward, and the colours."""
+        assert self.middle is not None
+        return self.aim(self.middle[:, self.ends]), self.questions.of(aims, self.questions.colours(digits))
 
     def forward(self, features: Tensor, digits: np.ndarray, early: bool = False) -> tuple[Tensor, Tensor]:
         """Logits `[B, Q, vocabulary]` of the answers, and the answers; early on two of each."""
@@ -104,15 +123,19 @@ def train_base(
         data = ReadablePictures(reader.tower.eval(), "train", scenes, seed)
         held = ReadablePictures(reader.tower, "val", 200, seed)
 
+    at = torch.tensor([kind == "frame" for kind in base.questions.kind_of])
+
     def right(logits: Tensor, wanted: Tensor) -> dict[str, float]:
         found = (logits.argmax(-1) == wanted).float().mean(0)[: len(base.questions)]
-        at = torch.tensor([kind == "frame" for kind in base.questions.kind_of])
         return {"frame": float(found[at].mean()), "left": float(found[~at].mean())}
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         which = generator(seed, 4, step).integers(scenes, size=batch)
         logits, wanted = base(data.features[which], data.digits[which], early=step < steps // 4)
-        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()), right(logits, wanted)
+        found, aims = base.aimed(data.digits[which], data.aims[which])
+        value = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        value = value + AIM_WEIGHT * F.cross_entropy(found.flatten(0, 1), aims.flatten())
+        return value, {**right(logits, wanted), "aim_left": right(found, aims)["left"]}
 
     def validate() -> dict[str, float]:
         return {f"val_{kind}": share for kind, share in right(*base(held.features, held.digits)).items()}
@@ -120,4 +143,5 @@ def train_base(
     train(
         folder, base, loss, steps=steps, learning_rate=2e-3, save_every=100, report=validate, report_every=100
     )
+    base.hook.remove()
     return llava.eval()

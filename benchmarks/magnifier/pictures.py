@@ -75,6 +75,17 @@ def encode(model: Any, processor: Any, scenes: list[Scene]) -> np.ndarray:
     return torch.cat([maps[:n], fine], dim=1).to(torch.float16).numpy()
 
 
+def targets(scenes: list[Scene]) -> np.ndarray:
+    """`[n, 2, 6]` colour of the frame that each question is about, -1 where there is none."""
+    out = np.full((len(scenes), len(KINDS), len(COLOURS)), -1)
+    for i, scene in enumerate(scenes):
+        for k, kind in enumerate(KINDS):
+            for colour in range(len(COLOURS)):
+                if (target := scene.target(colour, kind)) is not None:
+                    out[i, k, colour] = scene.colours[target]
+    return out
+
+
 def answers(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
     """`digits` and `boxes` of `Pictures`."""
     digits = np.full((len(scenes), len(KINDS), len(COLOURS)), -1)

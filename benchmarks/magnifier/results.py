@@ -24,6 +24,7 @@ from transformers import __version__ as transformers_version
 
 import flexcore
 
+from ..sections import FOLDER, write_json, write_section
 from . import train
 from .arms import ARMS, EVERY, Arm
 from .evaluate import ceiling, evaluate
@@ -32,9 +33,7 @@ from .pictures import GRID, cached
 from .questions import KINDS
 from .weights import CEILINGS, arm_model, ceiling_model, shared
 
-RESULTS = Path(__file__).parents[1]
-JSON, SECTION = RESULTS / "results" / "magnifier.json", RESULTS / "RESULTS.md"
-BEGIN, END = "<!-- magnifier: begin -->", "<!-- magnifier: end -->"
+JSON = FOLDER / "magnifier.json"
 COMMAND = "python -m benchmarks.magnifier.results"
 IMAGES, TEST_SEED = 700, 1000
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -71,7 +70,7 @@ def measure(folder: Path) -> dict[str, Any]:
         found["runs"][run]["validation"] = history
         if run == "flex-0":
             found["fractions"] = fractions(load, weights, pictures)
-        write_json(found)
+        write_json(JSON, found)
     for name, fine in CEILINGS.items():
         path = folder / f"ceiling-{'fine' if fine else 'coarse'}"
         if (path / "done").exists() and name not in found["ceilings"]:
@@ -86,7 +85,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "python": platform.python_version(),
     }
     found["machine"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    write_json(found)
+    write_json(JSON, found)
     return found
 
 
@@ -102,14 +101,6 @@ def fractions(load: Callable[[], Any], weights: dict[str, Any], pictures: Any) -
             f"top {k}", arm_model(arm, load, weights), arm, pictures, "frame"
         ).summary()
     return out
-
-
-def write_json(found: dict[str, Any]) -> None:
-    """Write the numbers, whole or not at all."""
-    JSON.parent.mkdir(exist_ok=True)
-    part = JSON.with_suffix(".part")
-    part.write_text(json.dumps(found, indent=1) + "\n")
-    part.replace(JSON)
 
 
 # ---------------------------------------------------------------------- the table
@@ -257,16 +248,6 @@ def bars(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def write_section(text: str, path: Path = SECTION) -> None:
-    """Put a text between the markers of a file, which is made if it isn't there."""
-    whole = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
-    if BEGIN not in whole:
-        whole = whole.rstrip("\n") + f"\n\n{BEGIN}\n{END}\n"
-    before, _, rest = whole.partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 # ---------------------------------------------------------------------- the plots
 
 
@@ -339,8 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no finished arm in the outputs; run benchmarks.magnifier.train first", file=sys.stderr)
         return 1
     plot(found)
-    write_section(section(found))
-    print(SECTION.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0])
+    text = section(found)
+    write_section("magnifier", text)
+    print(text)
     return 0
 
 

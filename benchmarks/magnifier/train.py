@@ -37,8 +37,8 @@ from .model import processor
 from .pictures import Pictures, cached
 
 FOLDER = Path("outputs/magnifier")
-ENCODER_STEPS, BASE_STEPS, CEILING_STEPS = 2500, 2000, 3000
-STEPS, BATCH, LEARNING_RATE = 600, 8, 1e-3
+ENCODER_STEPS, BASE_STEPS, CEILING_STEPS = 2500, 2500, 3000
+STEPS, BATCH, LEARNING_RATE = 600, 8, 2e-3
 PICTURES = {"train": (6000, 100), "val": (200, 101)}
 SEEDS = (0, 1, 2)
 # what says most comes first

@@ -337,10 +337,3 @@ def test_the_section_says_what_was_measured(tmp_path):
     assert "| ceiling less dense, points <= 5 | 3.00 | yes |" in text
     assert "| dense less Flex, points <= 3 | 3.00 | yes |" in text or "| 3.00 | no |" in text
     assert "| FLOPs, dense over Flex >= 10 | 10.91 | yes |" in text
-    path = tmp_path / "RESULTS.md"
-    path.write_text(f"# Results\n\nspeed\n\n{results.BEGIN}\nold\n{results.END}\nmore\n")
-    results.write_section(text, path)
-    whole = path.read_text()
-    assert "old" not in whole and whole.startswith("# Results\n\nspeed") and whole.endswith("more\n")
-    results.write_section("new", tmp_path / "fresh.md")
-    assert results.BEGIN in (tmp_path / "fresh.md").read_text()
