@@ -1,9 +1,11 @@
 """Ask a question about a photo, and see where the model looked to answer it.
 
-    python examples/image.py                                        # a tiny random model: shows the mechanism only
+    python examples/image.py                    # the small trained model that ships, on a canvas and on a photo
+    python examples/image.py --image PHOTO      # the same, with its digits placed in a photo of yours
     python examples/image.py --model PATH --image PHOTO --question "What does the sign say?"
 
-Prints what was selected in each layer and what it cost, and writes the photo with the regions that were read.
+Prints what was selected in each layer and what it cost, and writes the picture with the regions that were read. The
+model that ships knows "What is in the red frame?", with green, blue, yellow, pink and cyan frames, and no more.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import common
+import magnified
 from asking import Answer, ask
 
 import flexcore
 from flexcore.viz import region_boxes
 from flexcore_adapters.extras import carried
-from flexcore_adapters.image_io import image_size, open_header, orientation
+from flexcore_adapters.image_io import image_size, load_image, open_header, orientation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,16 +36,31 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--image", type=Path, help="default: a photograph that scikit-image carries")
-    add("--model", help="a checkpoint like LLaVA's, LLaVA-NeXT's or Qwen2-VL's; default: a tiny random LLaVA")
+    add(
+        "--image",
+        type=Path,
+        help="default: a photograph that scikit-image carries; without --model digits go in",
+    )
+    add("--model", help="a checkpoint like LLaVA's, LLaVA-NeXT's or Qwen2-VL's; default: the one that ships")
     add("--zoom", type=int, help="fine tokens per coarse token and axis; default: the adapter's, 3 for LLaVA")
     add("--max-pixels", type=int, help="the largest picture accepted; default: Pillow's limit")
-    question = "What is standing in the garage?"
-    common.add_options(parser, question=question, selector="threshold", threshold=48, output="looked_at.png")
+    common.add_options(parser, question="", selector="threshold", threshold=48, output="looked_at.png")
+    parser.set_defaults(max_new_tokens=None)
     args = parser.parse_args(argv)
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 20 if args.model else 1  # a digit is one token
+    args.canvas = not args.model and not args.image
     args.image = args.image or default_photo()
+    args.question = args.question or (
+        "What is standing in the garage?" if args.model else magnified.QUESTION.format("red")
+    )
     if not args.image.is_file():
         raise FileNotFoundError(f"--image: there is no file {args.image}")
+    if not args.model:
+        for name in ("selector", "threshold", "top_k", "first_layer", "fine_weights", "zoom"):
+            if getattr(args, name) != parser.get_default(name):
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{option} needs --model: the model that ships reads as it was trained to")
     return common.check_options(args)
 
 
@@ -53,28 +71,71 @@ def default_photo() -> Path:
 
 def run(args: argparse.Namespace) -> None:
     """Load, wrap, look, answer, report."""
-    size = photo_size(args.image)
-    model, processor, note = model_of(args)
-    if not flexcore.is_wrapped(model):
-        common.wrap(model, args)
     given = {"zoom": args.zoom, "max_pixels": args.max_pixels}
     options = {name: value for name, value in given.items() if value is not None}
-    started = time.perf_counter()
-    adapter = flexcore.load_adapter("image", model, processor, **options)
-    text = common.prompt(adapter, args.question, {"type": "image"})
-    inputs = adapter(text=[text], images=[args.image]).to(args.device)
-    seconds = time.perf_counter() - started
-    print(f"looking at {args.image.name}, {size[0]}x{size[1]}; coarse view made in {seconds:.1f} s")
+    if args.model:
+        size = photo_size(args.image)
+        model, processor = common.load(args)
+        common.wrap(model, args)
+        adapter = flexcore.load_adapter("image", model, processor, **options)
+        look(model, processor, adapter, args.image, (args.image.name, size), args.output, args)
+        return
+    from flexcore.hf.magnifier import load_magnifier
 
-    answer = ask(model, inputs, args, lambda: adapter.sources(adapter.views([args.image]))[0], "tile")
+    print(
+        "no --model: the small model that ships, which reads digits in coloured frames (benchmarks/magnifier)"
+    )
+    model, processor = load_magnifier()
+    adapter = flexcore.load_adapter("image", common.place(model, args), processor, **options)
+    shown = [("canvas", *magnified.canvas())] if args.canvas else []
+    photo = load_image(args.image, args.max_pixels)
+    shown.append((args.image.name, *magnified.placed(photo)))
+    for i, (name, picture, frames) in enumerate(shown):
+        output = args.output if i == 0 else args.output.with_stem(f"{args.output.stem}_photo")
+        print(f"\n---- {name}")
+        look(model, processor, adapter, picture, (name, picture.size), output, args)
+        for frame in frames:
+            if args.question == magnified.QUESTION.format(frame.colour):
+                print(f"truth     {str(frame.digit)!r}")
+        magnified.report_all(model, processor, adapter, picture, frames)
+
+
+def look(
+    model: Any,
+    processor: Any,
+    adapter: Any,
+    image: Any,
+    called: tuple[str, tuple[int, int]],
+    output: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Ask about one picture, and report.
+
+    Args:
+        model: A wrapped model.
+        processor: Its processor.
+        adapter: Its image adapter.
+        image: The picture, or its path.
+        called: Its name, and its width and height.
+        output: Where the picture with what was looked at goes.
+        args: The options.
+    """
+    name, size = called
+    started = time.perf_counter()
+    text = common.prompt(adapter, args.question, {"type": "image"})
+    inputs = adapter(text=[text], images=[image]).to(args.device)
+    seconds = time.perf_counter() - started
+    print(f"looking at {name}, {size[0]}x{size[1]}; coarse view made in {seconds:.1f} s")
+
+    answer = ask(model, inputs, args, lambda: adapter.sources(adapter.views([image]))[0], "tile")
     tokens = answer.stream.region_valid.sum(dim=1)  # fine tokens of each region that are not margin
     common.report_selection(
         model, answer, "fine tokens", lambda r: f"{int(tokens[r].sum()):,}", most_read(answer, size)
     )
     common.report_cost(model, answer, "tile")
     report_windows(answer)
-    answer.trace.overlay(args.image).save(args.output)
-    common.report_answer(processor, answer, args.question, note, args.output)
+    answer.trace.overlay(image).save(output)
+    common.report_answer(processor, answer, args.question, "", output)
 
 
 def photo_size(path: Path) -> tuple[int, int]:
@@ -83,18 +144,6 @@ def photo_size(path: Path) -> tuple[int, int]:
     with open_header(path) as header:
         turned = orientation(header) > 4
     return (height, width) if turned else (width, height)
-
-
-def model_of(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """The model, its processor, and what to say about its answer."""
-    if args.model:
-        return (*common.load(args), "")
-    from flexcore.hf.tiny import tiny_llava
-
-    print("no --model: a tiny LLaVA with random weights; where it looks and what it says is noise")
-    # LLaVA-1.5's view of a picture, 24x24 coarse tokens, in front of a decoder of no size
-    model, processor = tiny_llava(layers=8, image_size=336, patch_size=14)
-    return common.place(model, args), processor, common.NOISE
 
 
 def report_windows(answer: Answer) -> None:

@@ -222,10 +222,16 @@ def draw(
     return Scene(shown, boxes, labels[chosen].astype(np.int64), np.asarray(colours))
 
 
-def canvas(rng: np.random.Generator, split: str) -> Scene:
-    """The task's picture: six frames of different colours at arbitrary places, with digits of six pixels."""
+def canvas(rng: np.random.Generator, split: str, ground: str | None = None) -> Scene:
+    """The task's picture: six frames of different colours at arbitrary places, with digits of six pixels.
+
+    Args:
+        rng: Where it is drawn from.
+        split: Whose digits and photographs.
+        ground: Whose photographs, instead.
+    """
     at = places(rng, FRAMES, CANVAS, 2 * DIGIT, apart=2 * DIGIT + 4, columns=DIGIT)
-    return draw(rng, split, background(rng, split, CANVAS), at, rng.permutation(len(NAMES)))
+    return draw(rng, split, background(rng, ground or split, CANVAS), at, rng.permutation(len(NAMES)))
 
 
 def readable(rng: np.random.Generator, split: str, side: int = 64) -> Scene:

@@ -31,35 +31,66 @@ def table(out: str) -> dict[int, list[int]]:
     return {int(row[0]): [int(n.replace(",", "")) for n in row[1:]] for row in rows}
 
 
+def six(out: str) -> list[list[str]]:
+    """Rows of the tables of all six frames: colour, digit, coarse-only's answer, Flex's answer."""
+    return [list(row) for row in re.findall(r"^  (\w+) +(\d) +(\S+) +(\S+)$", out, re.MULTILINE)]
+
+
 def test_default(example, read_costs, tmp_path, capsys):
+    """The model that ships, on a canvas and on a photo: it reads what coarse tokens alone don't show."""
     output = tmp_path / "looked.png"
-    assert example.main(["--max-new-tokens", "3", "--output", str(output), "--device", "cpu"]) == 0
+    assert example.main(["--output", str(output), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    # a quarter of eight layers selects first
-    layers = table(out)
-    assert list(layers) == [3, 4, 5, 6, 7]
-    for regions, fine_tokens, all_regions, all_tokens in layers.values():
-        assert 0 < regions <= all_regions <= 81
-        assert 0 < fine_tokens <= all_tokens <= 5184
-    assert "576 coarse tokens" in out and "5,184 fine tokens" in out
-    assert "random weights" in out and "(noise:" in out
-    cost = read_costs(out)
-    # prefill first, then the rest of the answer
-    assert cost["coarse only"][0] < cost["flex"][0] < cost["dense high resolution"][0]
-    assert cost["coarse only"][1] < cost["flex"][1]
-    assert all(row[2] > 0 for row in cost.values())
-    encoded, tiles = map(int, re.search(r"encoded on demand: (\d+) of (\d+) tiles", out).groups())
-    assert 0 < encoded <= tiles == 9
+    answers = re.findall(r"^answer    '(\d)'$", out, re.MULTILINE)
+    assert answers == re.findall(r"^truth     '(\d)'$", out, re.MULTILINE) and len(answers) == 2
+    rows = six(out)
+    assert len(rows) == 12 and [row[:2] for row in rows[:6]] == [row[:2] for row in rows[6:]]
+    coarse, flex = (sum(row[1] == row[i] for row in rows) for i in (2, 3))
+    assert flex >= 9 and coarse <= 5
+    for part in out.split("----")[1:]:
+        layers = table(part)
+        assert list(layers) == [2, 3, 4, 5] and all(row[0] == 8 for row in layers.values())
+        cost = read_costs(part)
+        assert cost["coarse only"][0] < cost["flex"][0] < cost["dense high resolution"][0]
+        encoded, tiles = map(int, re.search(r"encoded on demand: (\d+) of (\d+) tiles", part).groups())
+        assert 0 < encoded <= tiles == 9
+    with Image.open(output) as drawn, Image.open(tmp_path / "looked_photo.png") as photo:
+        assert drawn.size == (192, 192) and photo.size == (741, 500)
+
+
+def test_where_it_looked(example, monkeypatch, tmp_path, capsys):
+    """The boxes that are named lie in the picture, and the overlay shows them."""
+    output = tmp_path / "looked.png"
+    arguments = ["--image", str(example.default_photo()), "--question", "What is in the blue frame?"]
+    assert example.main([*arguments, "--output", str(output), "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
     boxes = re.findall(r"^ +(\d+)%  \((\d+), (\d+), (\d+), (\d+)\)$", out, re.MULTILINE)
     shares = [int(share) for share, *_ in boxes]
     assert len(boxes) == 5 and shares == sorted(shares, reverse=True) and shares[-1] > 0
-    with Image.open(example.default_photo()) as photo:
-        width, height = photo.size
+    photo, frames = example.magnified.placed(example.load_image(example.default_photo()))
     for _, left, top, right, bottom in boxes:
-        assert 0 <= int(left) < int(right) <= width and 0 <= int(top) < int(bottom) <= height
-    with Image.open(output) as drawn, Image.open(example.default_photo()) as photo:
+        assert 0 <= int(left) < int(right) <= photo.width and 0 <= int(top) < int(bottom) <= photo.height
+    # the box that was read most holds a part of the frame
+    blue = next(frame.box for frame in frames if frame.colour == "blue")
+    most = [int(v) for v in boxes[0][1:]]
+    assert most[0] < blue[2] and blue[0] < most[2] and most[1] < blue[3] and blue[1] < most[3]
+    with Image.open(output) as drawn:
         assert (drawn.size, drawn.format) == (photo.size, "PNG")
-        assert not np.array_equal(np.asarray(drawn), np.asarray(photo.convert("RGB")))
+        assert not np.array_equal(np.asarray(drawn), np.asarray(photo))
+
+
+@pytest.mark.parametrize("width", [60, 30])
+def test_a_photo_too_narrow_for_the_frames(example, tmp_path, capsys, width):
+    Image.new("RGB", (width, 900)).save(tmp_path / "narrow.png")
+    arguments = ["--image", str(tmp_path / "narrow.png"), "--output", str(tmp_path / "looked.png")]
+    assert example.main(arguments) == 2
+    assert f"--image must leave room for six frames, got {width}x900 pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--top-k", "3"), ("--selector", "all"), ("--zoom", "2")], ids=" ".join)
+def test_the_model_that_ships_takes_no_settings(example, capsys, option):
+    assert example.main([*option]) == 2
+    assert f"{option[0]} needs --model" in capsys.readouterr().err
 
 
 def test_checkpoint_and_options(example, read_costs, checkpoint, tmp_path, capsys):
