@@ -47,6 +47,7 @@ def _shares(padding: Sequence[tuple[float, float]]) -> tuple[tuple[float, float]
         raise ValueError(f"padding must be a pair of shares per axis, got {padding!r}") from None
 
 
+# Entries that a table may have; the tables of huge pictures would take more than they save.
 _TABLE_TOKENS = 1 << 16
 
 
@@ -314,6 +315,25 @@ class Grid:
         Returns:
             `[..., n_regions]`, same dtype.
         """
+        # a step of decoding is made of small operations: one gather takes a quarter of them, but more memory
+        if cells[..., 0].numel() * self._touches <= _TABLE_TOKENS:
+            x = cells[..., self._touched.to(cells.device)]
+            return x.any(-1) if cells.dtype == torch.bool else x.amax(-1)
+        return self._pool_by_axis(cells)
+
+    @cached_property
+    def _touches(self) -> int:
+        return self.n_regions * math.prod(window.shape[1] for window in self._windows)
+
+    @_kept
+    def _touched(self) -> Tensor:
+        """`[n_regions, m]` the cells that each region touches, some repeated as padding."""
+        flat = torch.zeros(1, 1, dtype=torch.long)
+        for size, window in zip(self.coarse, self._windows, strict=True):
+            flat = (flat[:, None, :, None] * size + window[None, :, None, :]).flatten(0, 1).flatten(1, 2)
+        return flat
+
+    def _pool_by_axis(self, cells: Tensor) -> Tensor:
         lead = cells.shape[:-1]
         x = cells.reshape(-1, *self.coarse)
         for axis, window in enumerate(self._windows):

@@ -120,17 +120,20 @@ def _forward(
     outs, lses, scores = [], [], []
     for start, stop in _chunks(q, k.shape[2]):
         s, _ = _logits(q, k, mask, start, stop, scaling, softcap)
-        lse = torch.logsumexp(s, dim=-1)
+        # one fused softmax instead of a log-sum-exp and an exponential: where it peaks it is 1 / sum(exp(s - max))
+        top, p = _largest(s), torch.softmax(s, dim=-1)
+        lse = top - _largest(p).log_()
+        if mask is not None or not s.shape[3]:  # a row that sees nothing
+            nothing = top == float("-inf")
+            lse, p = lse.masked_fill_(nothing, float("-inf")), p.masked_fill_(nothing[..., None], 0.0)
         lses.append(lse)
-        finite = lse
-        if mask is not None:  # a row that sees nothing: exp(-inf - 0) = 0, not NaN
-            finite = lse.masked_fill(lse == float("-inf"), 0.0)
         if cells is not None:
-            total = finite if sinks is None else torch.logaddexp(finite, sinks.to(exact)[None, :, None])
-            index = cells[:, None, None, :].expand(batch, heads, stop - start, -1)
-            scores.append((s.gather(3, index) - total[..., None]).exp_().sum(dim=1))
+            seen = p
+            if sinks is not None:
+                seen = p * (lse - torch.logaddexp(lse, sinks.to(exact)[None, :, None])).exp_()[..., None]
+            index = cells[:, None].expand(batch, stop - start, -1)
+            scores.append(seen.sum(dim=1).gather(2, index))
         if v is not None:
-            p = s.sub_(finite[..., None]).exp_()
             p = p.view(batch, k.shape[1], groups * (stop - start), k.shape[2])
             outs.append(torch.matmul(p, v.to(exact)).view(batch, heads, stop - start, v.shape[3]))
     if not lses:
@@ -142,6 +145,11 @@ def _forward(
         _join(lses, 2),
         _join(scores, 1) if scores else None,
     )
+
+
+def _largest(x: Tensor) -> Tensor:
+    """`[...]` the largest entry of each row `[..., N]`; -inf of none."""
+    return x.amax(dim=-1) if x.shape[-1] else x.new_full(x.shape[:-1], float("-inf"))
 
 
 def _join(parts: list[Tensor], dim: int) -> Tensor:

@@ -180,6 +180,14 @@ def test_pool_takes_the_largest_value(grid: Grid) -> None:
     assert grid.pool(values[:, :0]).shape == (2, 0, grid.n_regions)
 
 
+def test_pool_without_a_table(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.randn(3, grid.n_coarse, generator=torch.Generator().manual_seed(0))
+    expected = [grid.pool(x) for x in (values, values > 0, values[0])]
+    monkeypatch.setattr("flexcore.grid._TABLE_TOKENS", 0)
+    for x, there in zip((values, values > 0, values[0]), expected, strict=True):
+        assert torch.equal(grid.pool(x), there)
+
+
 def test_pool_with_uneven_edges() -> None:
     """Hand-made edges, where a cell lies under three regions and a region over one and a bit cells."""
     grid = Grid((4, 3), (10, 7), ((0, 1, 2, 7, 10), (0, 6, 7)))

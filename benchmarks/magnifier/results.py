@@ -34,6 +34,7 @@ from .questions import KINDS
 from .weights import CEILINGS, arm_model, ceiling_model, shared
 
 JSON = FOLDER / "magnifier.json"
+README = Path(__file__).parents[2] / "README.md"
 COMMAND = "python -m benchmarks.magnifier.results"
 IMAGES, TEST_SEED = 700, 1000
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -167,6 +168,8 @@ def section(found: dict[str, Any]) -> str:
         "A region counts as chosen right if the digit's box touches it. GFLOP: the language model's prefill, causal "
         "attention halved, output head left out.",
         "",
+        *by_layer(found),
+        "",
         *bars(found),
     ]
     ablated = [name for name in EVERY if name not in ARMS and runs_of(found, name)]
@@ -190,6 +193,43 @@ def section(found: dict[str, Any]) -> str:
     ):
         if (JSON.parent / f"magnifier_{plot}.png").exists():
             lines += ["", f"![{text}](results/magnifier_{plot}.png)"]
+    return "\n".join(lines)
+
+
+def by_layer(found: dict[str, Any]) -> list[str]:
+    """Share of questions whose target was chosen, by layer that reads; means over seeds."""
+    names = [name for name in _LABELS if runs_of(found, name) and runs_of(found, name)[0]["frame"]["hits"]]
+    layers = sorted({layer for name in names for layer in runs_of(found, name)[0]["frame"]["hits"]}, key=int)
+    lines = [
+        f"| target chosen, % | {' | '.join(f'layer {layer}' for layer in layers)} |",
+        "|---" * (len(layers) + 1) + "|",
+    ]
+    for name in names:
+        hits = [r["frame"]["hits"] for r in runs_of(found, name)]
+        cells = (f"{100 * statistics.mean(h[layer] for h in hits):.1f}" for layer in layers)
+        lines.append(f"| {_LABELS[name]} | {' | '.join(cells)} |")
+    return lines
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What the README shows: the arms that say whether it works."""
+    training, questions = found["training"], next(iter(found["runs"].values()))["frame"]["questions"]
+    frames = {name: [r["frame"] for r in runs_of(found, name)] for name in _LABELS}
+    cost = {name: statistics.mean(f["gflops"] for f in some) for name, some in frames.items() if some}
+    shares = {name: spread([f["accuracy"] for f in some]) for name, some in frames.items() if some}
+    lines = [
+        "| | right answers, % | language model's prefill, GFLOP |",
+        "|---|---|---|",
+        *(
+            f"| {_LABELS[name]} | {shares[name]} | {cost[name]:.3f} |"
+            for name in ("coarse", "random", "flex", "all", "dense")
+            if name in cost
+        ),
+        "",
+        f"{questions:,} questions about {found['images']} pictures whose digits and photographs no training has seen; "
+        f"a decoder of 0.9 M weights, {training['steps']} steps on two CPU cores, mean of "
+        f"{len(runs_of(found, 'flex'))} seeds ± half the range. Chance is 10 %.",
+    ]
     return "\n".join(lines)
 
 
@@ -322,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plot(found)
     text = section(found)
     write_section("magnifier", text)
+    write_section("magnifier", summary(found), README)
     print(text)
     return 0
 

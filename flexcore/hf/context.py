@@ -235,9 +235,7 @@ class FlexContext:
             parts: dict[int, Tensor] = {}
             for m, stream in enumerate(sample.media):
                 part = own[:, sample.span(m)]
-                keys = torch.stack(
-                    [torch.full_like(at, layer), at - sample.cells[sample.cell_at[m]].to(at.device)], 1
-                )
+                keys = self._keys(i, m, at)[layer]
                 parts[m] = self.binding.selector.select(part, stream.grid, sample.selectable(m), keys)
                 if m in sample.chains:
                     parts |= open_levels(
@@ -253,6 +251,16 @@ class FlexContext:
         self.selected[layer] = result
         for trace, number in self.traces:
             trace.add([TraceRecord(number, *record) for record in records])
+
+    def _keys(self, sample: int, medium: int, at: Tensor) -> Tensor:
+        """`[layers, R, 2]` what selectors may depend on, for all layers at once: layer, and row from the medium on."""
+        name = ("keys", sample, medium, at.device)
+        if name not in self._moved:
+            state = self.request.samples[sample]
+            rows = at - state.cells[state.cell_at[medium]].to(at.device)
+            layers = torch.arange(max(self.binding.sites) + 1, device=at.device)
+            self._moved[name] = torch.stack(torch.broadcast_tensors(layers[:, None], rows[None]), dim=2)
+        return self._moved[name]
 
     def _records(
         self, layer: int, sample: int, medium: int, level: int, grid: Grid, scores: Tensor, regions: Tensor

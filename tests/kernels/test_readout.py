@@ -28,7 +28,7 @@ SHAPES = {
 }
 LONG = {
     "B1-H8of2-R3-S1000-D64": (1, 8, 2, 3, 1000, 64),
-    "B1-H4of1-R111-S1000-D96": (1, 4, 1, 111, 1000, 96),
+    "B1-H4of1-R37-S1000-D96": (1, 4, 1, 37, 1000, 96),
     "B3-H10of2-R1-S1000-D192": (3, 10, 2, 1, 1000, 192),
 }
 KINDS = ("none", "causal", "bool", "bool-per-head", "added", "added-bf16", "shared", "shared-added")
@@ -120,10 +120,10 @@ def test_softcap_and_sinks(softcap: float | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, *LONG])
-def test_every_shape_under_every_mask(shape: str, dtype: str, kind: str) -> None:
-    case = Case({**SHAPES, **LONG}[shape], DTYPES[dtype], kind)
+def test_every_shape_under_every_mask(shape: str, kind: str) -> None:
+    dtype = [*DTYPES.values()][KINDS.index(kind) % 3]
+    case = Case({**SHAPES, **LONG}[shape], dtype, kind)
     case.check(softcap=3.0)
     case.check()
 

@@ -30,7 +30,7 @@ SHAPES = {
 }
 LONG = {
     "B1-H8of2-R3-U16x63-D64": (1, 8, 2, 3, 16, 63, 64, 64),
-    "B1-H2of1-R111-U9x111-D96": (1, 2, 1, 111, 9, 111, 96, 96),
+    "B1-H2of1-R37-U5x111-D96": (1, 2, 1, 37, 5, 111, 96, 96),
 }
 PLAIN, HEADS = "B2-H3of1-R3-U5x7-D24-Dv40", "B2-H6of2-R3-U5x9-D40-Dv24"
 NAMES = ("query", "key", "value", "plain", "lse")
