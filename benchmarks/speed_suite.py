@@ -33,6 +33,14 @@ CASES: dict[str, dict[str, tuple[str, list[str]]]] = {
         "10 %": ("speed", ["--fraction", "0.1", *_SHORT]),
         "20 %, drifting": ("speed", ["--drift", *_SHORT, *_BOTH]),
     },
+    # ratios this close to one take more pairs to tell
+    "overhead": {
+        f"{100 * f:g} %": (
+            "speed",
+            ["--fraction", str(f), "--arms", "coarse", "flex", *_BOTH, "--repeats", "101"],
+        )
+        for f in (0.2, 0.1)
+    },
     "fraction": {
         f"{100 * f:g} %": ("speed", ["--fraction", str(f), *_SHORT, *_BOTH]) for f in (0.01, 0.05, 0.4)
     },

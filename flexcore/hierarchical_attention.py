@@ -76,12 +76,12 @@ def merge(
 
     A row whose fine part is empty (`fine_lse` = -inf) comes out bit-identical to `plain`.
     """
-    # a finite floor: logaddexp(-inf, -inf) would put NaN into gradients, and a row that sees nothing must keep `plain`
+    # finite floors, as -inf less -inf would put NaN into gradients; a row that sees nothing at all keeps `plain`, so
+    # its own floor is the higher one
     floor = torch.finfo(fine_lse.dtype).min
-    plain_lse, fine_lse = plain_lse.clamp(min=floor), fine_lse.clamp(min=floor)
-    joint = torch.logaddexp(plain_lse, fine_lse)
-    out = plain * torch.exp(plain_lse - joint)[..., None] + fine * torch.exp(fine_lse - joint)[..., None]
-    return plain + alpha * (out - plain) if isinstance(alpha, Tensor) or alpha != 1.0 else out
+    # exp(fine_lse) / (exp(plain_lse) + exp(fine_lse)); where it is 0, lerp gives `plain` itself
+    share = torch.sigmoid(fine_lse.clamp(min=floor) - plain_lse.clamp(min=floor / 2))[..., None]
+    return torch.lerp(plain, fine, share * alpha if isinstance(alpha, Tensor) or alpha != 1.0 else share)
 
 
 def hierarchical_attention(

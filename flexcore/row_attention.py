@@ -114,9 +114,13 @@ def _forward(
 
         return None, *readout(q, k, mask, cells, scaling=scaling, softcap=softcap, sinks=sinks)
     batch, heads = q.shape[:2]
+    groups = heads // k.shape[1]
+    if v is not None and cells is None and mask is None and softcap is None and _fits_flash(q, k, v):
+        rows = q.reshape(batch, k.shape[1], groups * q.shape[2], q.shape[3])
+        out, lse = _FLASH(rows, k, v, scale=scaling)
+        return out.reshape(batch, heads, q.shape[2], -1), lse.reshape(batch, heads, q.shape[2]), None
     exact = torch.promote_types(q.dtype, torch.float32)
     k = k.to(exact)
-    groups = heads // k.shape[1]
     outs, lses, scores = [], [], []
     for start, stop in _chunks(q, k.shape[2]):
         s, _ = _logits(q, k, mask, start, stop, scaling, softcap)
@@ -144,6 +148,21 @@ def _forward(
         _join(outs, 2) if outs else None,
         _join(lses, 2),
         _join(scores, 1) if scores else None,
+    )
+
+
+# What torch's own attention runs on a CPU: one operation, and it hands out the log-sum-exp. It has no public name.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def _fits_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (
+        _FLASH is not None
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.float32
+        and k.shape == v.shape
+        and q.numel() > 0
+        and k.numel() > 0
     )
 
 
