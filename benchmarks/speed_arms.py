@@ -59,7 +59,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, static: bool = False):
         torch.manual_seed(args.seed)
         self.args, self.device = args, torch.device(args.device)
-        config = LlamaConfig(
+        shape = LlamaConfig(
             hidden_size=args.hidden,
             intermediate_size=args.hidden * 11 // 4,
             num_hidden_layers=args.layers,
@@ -68,20 +68,22 @@ class Bench:
             vocab_size=32000,
             max_position_embeddings=8192,
         )
-        self.model = LlamaForCausalLM(config).eval().to(self.device, getattr(torch, args.dtype))
+        self.model = LlamaForCausalLM(shape).eval().to(self.device, getattr(torch, args.dtype))
         side = COARSE * args.zoom
         self.grid = flexcore.Grid.blocks((COARSE,) * 2, (side, side), region=REGION, tile=COARSE)
         self.k = args.regions or max(1, round(args.fraction * self.grid.n_regions))
-        options = {"k": self.k, "after": 1 << 60 if args.drift else 4}
-        flexcore.wrap(
-            self.model,
-            flexcore.FlexConfig(
-                first_layer=args.first_layer,
-                selector="benchmark_held",
-                selector_options=options,
-                static=static,
-            ),
-        )
+        if (
+            static
+        ):  # what it does doesn't depend on whether the choice changes, and holding one can't be compiled
+            config = flexcore.FlexConfig(
+                first_layer=args.first_layer, selector="top_k", top_k=self.k, static=True
+            )
+        else:
+            options = {"k": self.k, "after": 1 << 60 if args.drift else 4}
+            config = flexcore.FlexConfig(
+                first_layer=args.first_layer, selector="benchmark_held", selector_options=options
+            )
+        flexcore.wrap(self.model, config)
         self.ids = torch.randint(0, 32000, (args.batch, COARSE**2 + TEXT), device=self.device)
         self.features: Tensor | None = None
         self.streams = self.media()
@@ -154,7 +156,7 @@ class Bench:
 
     def forget(self) -> None:
         """Choose anew: nothing that was held is held any longer."""
-        self.model._flex_binding.selector.seen.clear()
+        getattr(self.model._flex_binding.selector, "seen", {}).clear()
 
     # ------------------------------------------------------------------ decoding and training
 
