@@ -52,15 +52,19 @@ class Utterance:
         return len(self.samples) / RATE
 
 
-def fetch(cache: Path) -> Path:
-    """Unpack the packages below `cache`, downloading those that aren't there yet.
+def fetch(cache: Path, packages: Sequence[str] = PACKAGES) -> Path:
+    """Unpack Debian packages below `cache`, downloading those that aren't there yet.
+
+    Args:
+        cache: A folder of its own.
+        packages: Their names; default: those that have transcripts.
 
     Raises:
         RuntimeError: A package can't be downloaded or unpacked.
     """
     root = cache / "root"
     cache.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
+    for package in packages:
         if (root / "usr/share/doc" / package).exists():
             continue
         for tool in ("apt-get", "dpkg-deb"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,9 @@ from flexcore.grid import Grid
 from flexcore.plugins import register_selector
 from flexcore.selection import RandomSelector, Selector
 
-from .pictures import COARSE, FINE, GRID, REGION, touched
-from .questions import IMAGE_AT, KINDS, Questions
-
-TOP_K = 8  # of 81 regions: 9.9 %
+from .image_task import IMAGE
+from .questions import IMAGE_AT, Questions
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,14 @@ class FreshRandomSelector(RandomSelector):
 
 
 class ToldGrid(Grid):
-    """The pictures' lattice, with a note for the oracle: `[rows, n_regions]` bool by row, counted from the picture."""
+    """A lattice with a note for the oracle: `[rows, n_regions]` bool by row, counted from the picture."""
 
     told: Tensor
 
     @classmethod
-    def of(cls, told: Tensor) -> ToldGrid:
-        """The lattice with this note."""
-        grid = copy.copy(GRID)  # what the lattice has worked out about itself goes along
+    def of(cls, plain: Grid, told: Tensor) -> ToldGrid:
+        """A lattice with this note."""
+        grid = copy.copy(plain)  # what the lattice has worked out about itself goes along
         object.__setattr__(grid, "__class__", cls)
         object.__setattr__(grid, "told", told)
         return grid  # type: ignore[return-value]
@@ -78,7 +77,7 @@ class Arm:
 
 def _flex(**changes: Any) -> FlexConfig:
     settings = {
-        **{"first_layer": 1, "selector": "top_k", "top_k": TOP_K, "region_size": REGION},
+        **{"first_layer": 1, "selector": "top_k", "top_k": IMAGE.top_k, "region_size": IMAGE.region_size},
         # the projector's features are several times as large as what a layer's K/V projections are used to
         "fine_norm": True,
         **changes,
@@ -112,19 +111,28 @@ ABLATIONS: dict[str, Arm] = {
 EVERY = {**ARMS, **ABLATIONS}
 
 
+def fitted(arm: Arm, task: Task) -> Arm:
+    """An arm with the regions of a task's medium; all that differs between media."""
+    if arm.flex is None:
+        return arm
+    top_k = None if arm.flex.top_k is None else task.top_k
+    return replace(arm, flex=arm.flex.replace(region_size=task.region_size, top_k=top_k))
+
+
 class Inputs:
     """Turns encoded pictures and all questions about them into a model's inputs, for one arm.
 
     Args:
         arm: The arm.
-        kinds: Of question.
+        kinds: Of question; None is all.
+        task: The medium.
     """
 
-    def __init__(self, arm: Arm, kinds: Sequence[str] = KINDS):
-        self.arm = arm
-        self.questions = Questions(kinds)
-        self.before = IMAGE_AT + COARSE + (FINE if arm.dense else 0)
-        picture = dense_positions() if arm.dense else torch.arange(self.before)
+    def __init__(self, arm: Arm, kinds: Sequence[str] | None = None, task: Task = IMAGE):
+        self.arm, self.task = arm, task
+        self.questions = Questions(kinds, task.wording)
+        self.before = IMAGE_AT + task.coarse + (task.fine if arm.dense else 0)
+        picture = dense_positions(task) if arm.dense else torch.arange(self.before)
         self.mask = self.questions.mask(self.before)
         self.positions = self.questions.positions(picture)[None]
 
@@ -133,9 +141,9 @@ class Inputs:
 
         Args:
             model: The arm's model; its embeddings and its projector are used.
-            encoded: `[B, 640, C]` the encoder's features; the projector, frozen as well, is applied here.
-            digits: `[B, 2, 6]` answers by kind and colour.
-            boxes: `[B, 2, 6, 2]` where they are.
+            encoded: `[B, coarse + fine, C]` the encoder's features; the projector, frozen as well, is applied here.
+            digits: `[B, kinds, names]` answers by kind and what is named.
+            boxes: `[B, kinds, names, 2]` where they are.
         """
         asked = self.questions
         with torch.no_grad():
@@ -145,7 +153,8 @@ class Inputs:
         embeds = model.get_input_embeddings()(
             torch.cat([text.new_full((len(text), IMAGE_AT), asked.begin), text], dim=1)
         )
-        seen = features if self.arm.dense else features[:, :COARSE]
+        coarse = self.task.coarse
+        seen = features if self.arm.dense else features[:, :coarse]
         out: dict[str, Any] = {
             "inputs_embeds": torch.cat([embeds[:, :IMAGE_AT], seen, embeds[:, IMAGE_AT:]], dim=1),
             "attention_mask": self.mask,
@@ -153,8 +162,8 @@ class Inputs:
             "labels": asked.labels(asked.of(digits, colours), self.before),
         }
         if self.arm.flex is not None:
-            targets = touched(asked.of(boxes, colours)) if self.arm.oracle else None
-            out["flex_streams"] = self.streams(features[:, COARSE:], targets)
+            targets = self.task.touched(asked.of(boxes, colours)) if self.arm.oracle else None
+            out["flex_streams"] = self.streams(features[:, coarse:], targets)
             if self.arm.flex.readout == "text":
                 rows = torch.zeros(out["labels"].shape, dtype=torch.bool)
                 rows[:, self.before : self.before + asked.length - 1] = True
@@ -165,23 +174,25 @@ class Inputs:
         """The pictures' fine sides.
 
         Args:
-            fine: `[B, 576, C]`.
+            fine: `[B, fine, C]`.
             targets: `[B, Q, n_regions]` bool, for the oracle: what the row that answers each question may read.
         """
-        grids: Any = GRID
+        grid: Any = self.task.grid
+        grids = grid
         if targets is not None:
             told = torch.zeros(
-                len(fine), self.before + self.questions.length, GRID.n_regions, dtype=torch.bool
+                len(fine), self.before + self.questions.length, grid.n_regions, dtype=torch.bool
             )
             told[:, self.questions.rows(self.before) - IMAGE_AT] = targets
-            grids = [ToldGrid.of(rows) for rows in told]
-        at = torch.arange(IMAGE_AT, IMAGE_AT + COARSE)
+            grids = [ToldGrid.of(grid, rows) for rows in told]
+        at = torch.arange(IMAGE_AT, IMAGE_AT + self.task.coarse)
         return flexcore.StreamBatch.from_features(list(fine), grids, [at] * len(fine))
 
 
-def dense_positions() -> Tensor:
-    """`[1 + 64 + 576]` rotary positions of what comes before the text: a fine token takes its cell's, as in Flex."""
-    return torch.cat([torch.arange(IMAGE_AT + COARSE), IMAGE_AT + GRID.parents(torch.arange(FINE))])
+def dense_positions(task: Task = IMAGE) -> Tensor:
+    """`[1 + coarse + fine]` rotary positions of what comes before the text, a fine token's its cell's."""
+    fine = task.grid.parents(torch.arange(task.fine))
+    return torch.cat([torch.arange(IMAGE_AT + task.coarse), IMAGE_AT + fine])
 
 
 def build(arm: Arm, load: Callable[[], Any]) -> Any:

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .encoder import CELLS, Reader
+from .image_task import IMAGE
 from .loop import generator, train
 from .model import HIDDEN, assemble
 from .pictures import answers, targets
 from .questions import IMAGE_AT, Questions
-from .scenes import NAMES, readable
+from .scenes import readable
+from .task import Task
 
 AIM_LAYER, AIM_WEIGHT = 3, 0.5
 
@@ -56,17 +57,17 @@ class Base(nn.Module):
     question is about. Without it "left of" isn't learned in this many steps: it takes two lookups before the reading.
     """
 
-    def __init__(self, llava: nn.Module):
+    def __init__(self, llava: nn.Module, task: Task = IMAGE):
         super().__init__()
         self.llava = llava
-        self.questions = asked = Questions()
-        before = IMAGE_AT + CELLS**2
+        self.questions = asked = Questions(wording=task.wording)
+        before = IMAGE_AT + task.coarse
         self.positions = asked.positions(torch.arange(before))[None]
         ends = asked.rows(before)
         self.rows = {True: torch.cat([ends, asked.naming(before)]), False: ends}
         self.masks = {early: asked.mask(before, answers_look=not early) for early in (True, False)}
         self.ends = ends
-        self.aim = nn.Linear(HIDDEN, len(NAMES))
+        self.aim = nn.Linear(HIDDEN, len(task.wording.names))
         self.middle: Tensor | None = None  # what the layer in the middle put out last
         self.hook = llava.model.language_model.layers[AIM_LAYER].register_forward_hook(self._keep)
 
@@ -96,46 +97,54 @@ class Base(nn.Module):
         return logits, wanted.repeat(1, 2) if early else wanted
 
 
-def with_encoder(reader: Reader, seed: int = 0) -> Any:
+def assembled(task: Task = IMAGE, seed: int = 0) -> Any:
+    """A LLaVA for a task with random weights."""
+    return assemble(seed, task.wording, task.tower_config(), task.coarse)
+
+
+def with_encoder(reader: Any, seed: int = 0, task: Task = IMAGE) -> Any:
     """A LLaVA whose tower is the trained encoder; the rest is random."""
-    llava = assemble(seed)
+    llava = assembled(task, seed)
     llava.model.vision_tower.load_state_dict(reader.tower.state_dict())
     llava.model.vision_tower.requires_grad_(False)
     return llava
 
 
 def train_base(
-    folder: Path, reader: Reader, steps: int, seed: int = 0, batch: int = 16, scenes: int = 8000
+    folder: Path, reader: Any, steps: int, seed: int = 0, batch: int = 16, task: Task = IMAGE
 ) -> Any:
     """Train the base, or load it if it is done; returns the LLaVA.
 
     Args:
         folder: Where its checkpoints go.
-        reader: The trained encoder.
+        reader: The trained encoder, which holds the tower.
         steps: In all.
         seed: Of the weights and the data.
         batch: Pictures in a step; each is asked all questions.
-        scenes: Pictures in all.
+        task: The medium.
     """
-    llava = with_encoder(reader, seed)
-    base = Base(llava)
+    llava = with_encoder(reader, seed, task)
+    base = Base(llava, task)
     if not (folder / "done").exists():
-        data = ReadablePictures(reader.tower.eval(), "train", scenes, seed)
-        held = ReadablePictures(reader.tower, "val", 200, seed)
+        data = task.readable(reader.tower.eval(), "train", task.base_media, seed)
+        held = task.readable(reader.tower, "val", 200, seed)
 
-    at = torch.tensor([kind == "frame" for kind in base.questions.kind_of])
+    at = {k: torch.tensor([kind == k for kind in base.questions.kind_of]) for k in task.kinds}
 
     def right(logits: Tensor, wanted: Tensor) -> dict[str, float]:
         found = (logits.argmax(-1) == wanted).float().mean(0)[: len(base.questions)]
-        return {"frame": float(found[at].mean()), "left": float(found[~at].mean())}
+        return {kind: float(found[mine].mean()) for kind, mine in at.items()}
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        which = generator(seed, 4, step).integers(scenes, size=batch)
+        which = generator(seed, 4, step).integers(task.base_media, size=batch)
         logits, wanted = base(data.features[which], data.digits[which], early=step < steps // 4)
         found, aims = base.aimed(data.digits[which], data.aims[which])
         value = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
         value = value + AIM_WEIGHT * F.cross_entropy(found.flatten(0, 1), aims.flatten())
-        return value, {**right(logits, wanted), "aim_left": right(found, aims)["left"]}
+        return value, {
+            **right(logits, wanted),
+            **{f"aim_{kind}": share for kind, share in right(found, aims).items()},
+        }
 
     def validate() -> dict[str, float]:
         return {f"val_{kind}": share for kind, share in right(*base(held.features, held.digits)).items()}

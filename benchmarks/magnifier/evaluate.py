@@ -15,10 +15,11 @@ from flexcore.cost import Cost, DecoderShape, coarse_prefill, dense_prefill, fle
 
 from .arms import Arm, Inputs
 from .ceiling import CropReader, crops
+from .image_task import IMAGE
 from .loop import generator
-from .pictures import COARSE, FINE, GRID, Pictures, touched
 from .questions import IMAGE_AT, KINDS
 from .scenes import canvas
+from .task import Media, Task
 from .train import picture_batch
 
 BATCH = 20
@@ -63,21 +64,24 @@ class Result:
 
 
 @torch.no_grad()
-def evaluate(name: str, model: Any, arm: Arm, pictures: Pictures, kind: str, progress: bool = True) -> Result:
+def evaluate(
+    name: str, model: Any, arm: Arm, pictures: Media, kind: str, progress: bool = True, task: Task = IMAGE
+) -> Result:
     """Ask a model all questions of a kind.
 
     Args:
         name: For the progress bar.
         model: The arm's model, in eval mode.
         arm: The arm.
-        pictures: The pictures.
+        pictures: The pictures, or what else the task is about.
         kind: Of question.
         progress: Show a bar, where there is a terminal.
+        task: The medium.
     """
-    inputs = Inputs(arm, (kind,))
+    inputs = Inputs(arm, (kind,), task)
     rows = inputs.questions.rows(inputs.before)
     right: list[Tensor] = []
-    looks = Looks(rows)
+    looks = Looks(rows, task)
     starts = range(0, len(pictures), BATCH)
     for start in tqdm(starts, desc=f"{name}, {kind}", leave=False, disable=None if progress else True):
         batch = picture_batch(pictures, np.arange(start, min(start + BATCH, len(pictures))))
@@ -90,7 +94,7 @@ def evaluate(name: str, model: Any, arm: Arm, pictures: Pictures, kind: str, pro
             with flexcore.trace(model) as trace:
                 logits = model(**made, use_cache=False).logits
             colours = inputs.questions.colours(batch["digits"])
-            looks.add(trace, touched(inputs.questions.of(batch["boxes"], colours)))
+            looks.add(trace, task.touched(inputs.questions.of(batch["boxes"], colours)))
         right.append(logits[:, rows].argmax(-1) == wanted)
     result = Result(torch.cat(right).flatten().numpy())
     shape = DecoderShape.from_config(model.config, reading=model.flex_config.layers if arm.flex else ())
@@ -99,7 +103,9 @@ def evaluate(name: str, model: Any, arm: Arm, pictures: Pictures, kind: str, pro
     if arm.flex is not None:
         looks.finish(result, shape, text)
     else:
-        cost = dense_prefill(shape, text, COARSE, FINE) if arm.dense else coarse_prefill(shape, text, COARSE)
+        cost = coarse_prefill(shape, text, task.coarse)
+        if arm.dense:
+            cost = dense_prefill(shape, text, task.coarse, task.fine)
         result.flops = without_head(cost)
     return result
 
@@ -116,9 +122,11 @@ class Looks:
 
     Args:
         rows: `[Q]` sequence indices of the answering rows.
+        task: The medium.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, task: Task = IMAGE) -> None:
+        self.task = task
         self.answering = {int(row): q for q, row in enumerate(rows)}
         self.chosen: dict[int, list[Tensor]] = {}
         self.targets: list[Tensor] = []
@@ -128,7 +136,7 @@ class Looks:
 
     def add(self, trace: flexcore.Trace, targets: Tensor) -> None:
         """Take in one batch's trace, and the regions `[B, Q, n_regions]` that the answers touch."""
-        tokens = GRID.region_lengths.float()
+        tokens, regions_in_all = self.task.grid.region_lengths.float(), self.task.grid.n_regions
         pictures, n = targets.shape[:2]
         self.targets.append(targets.flatten(0, 1))
         ends = torch.tensor(sorted(self.answering))
@@ -139,10 +147,10 @@ class Looks:
             question = torch.searchsorted(ends, torch.tensor([r.position for r in records]))
             owner = torch.tensor([r.sample for r in records]) * n + question
             answers = torch.tensor([r.position in self.answering for r in records])
-            chosen = torch.zeros(pictures * n, GRID.n_regions, dtype=torch.bool)
+            chosen = torch.zeros(pictures * n, regions_in_all, dtype=torch.bool)
             chosen[owner[answers]] = regions[answers]
             self.chosen.setdefault(layer, []).append(chosen)
-            counts = torch.zeros(pictures * n, GRID.n_regions).index_add_(0, owner, regions.float())
+            counts = torch.zeros(pictures * n, regions_in_all).index_add_(0, owner, regions.float())
             self.read.setdefault(layer, []).append(counts @ tokens)
             self.projected.setdefault(layer, []).append((counts > 0).float() @ tokens)
             self.rows.add(round(len(records) / (pictures * n)))
@@ -160,7 +168,8 @@ class Looks:
             [round(float(torch.cat(by_layer[layer]).mean())) for layer in shape.reading]
             for by_layer in (self.projected, self.read)
         )
-        result.flops = without_head(flex_prefill(shape, text, COARSE, projected, read, max(self.rows)))
+        coarse = self.task.coarse
+        result.flops = without_head(flex_prefill(shape, text, coarse, projected, read, max(self.rows)))
 
 
 def without_head(cost: Cost) -> float:

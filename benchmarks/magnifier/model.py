@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from .encoder import CELLS, PATCH, SIDE, vision_config
-from .scenes import NAMES, QUESTIONS
+from .scenes import FRAMES, NAMES, QUESTIONS
+from .task import Wording
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, INTERMEDIATE = 128, 6, 4, 2, 256
+# One frame is the leftmost, so one question of six has no answer.
+WORDING = Wording(QUESTIONS, NAMES, {"frame": FRAMES, "left": FRAMES - 1})
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _CHAT = (
     "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }} {% else %}"
@@ -24,16 +27,17 @@ _CHAT = (
 
 def prompt(kind: str, colour: int) -> str:
     """A question about one picture, as the processor takes it."""
-    return "<image> " + QUESTIONS[kind].format(NAMES[colour])
+    return "<image> " + WORDING.question(kind, colour)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(wording: Wording = WORDING) -> PreTrainedTokenizerFast:
     """One token per word of the questions, per digit and per punctuation mark."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = sorted({w for q in QUESTIONS.values() for w in q.lower().replace("?", " ?").split() if w != "{}"})
-    vocab = {w: i for i, w in enumerate([*_SPECIAL, *map(str, range(10)), *NAMES, *words])}
+    questions = wording.questions.values()
+    words = sorted({w for q in questions for w in q.lower().replace("?", " ?").split() if w != "{}"})
+    vocab = {w: i for i, w in enumerate([*_SPECIAL, *map(str, range(10)), *wording.names, *words])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -51,17 +55,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def processor() -> LlavaProcessor:
-    """The model's processor: pictures of 64 pixels, bilinear, in `[-1, 1]`."""
+def processor(wording: Wording = WORDING, pixels: int = SIDE) -> LlavaProcessor:
+    """The model's processor: pictures of 64 pixels or as many as given, bilinear, in `[-1, 1]`."""
     import transformers
 
     # the plain class needs torchvision and warns without it; earlier releases knew it by that name only
     cls = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    side = {"height": SIDE, "width": SIDE}
+    side = {"height": pixels, "width": pixels}
     half = [0.5, 0.5, 0.5]
     return transformers.LlavaProcessor(
         image_processor=cls(size=side, crop_size=side, resample=2, image_mean=half, image_std=half),
-        tokenizer=tokenizer(),
+        tokenizer=tokenizer(wording),
         patch_size=PATCH,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
@@ -70,11 +74,20 @@ def processor() -> LlavaProcessor:
     )
 
 
-def assemble(seed: int = 0) -> LlavaForConditionalGeneration:
-    """The model with random weights."""
+def assemble(
+    seed: int = 0, wording: Wording = WORDING, tower: Any = None, cells: int = CELLS**2
+) -> LlavaForConditionalGeneration:
+    """The model with random weights.
+
+    Args:
+        seed: Of the weights.
+        wording: What it can be asked.
+        tower: Config of its encoder; None is the pictures'.
+        cells: Coarse tokens of a picture, or of a frame.
+    """
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    words = tokenizer()
+    words = tokenizer(wording)
     text = LlamaConfig(
         vocab_size=len(words),
         hidden_size=HIDDEN,
@@ -91,10 +104,10 @@ def assemble(seed: int = 0) -> LlavaForConditionalGeneration:
         eos_token_id=words.eos_token_id,
     )
     config = LlavaConfig(
-        vision_config=vision_config(),
+        vision_config=vision_config() if tower is None else tower,
         text_config=text,
         image_token_index=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=CELLS**2,
+        image_seq_length=cells,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=False,

@@ -13,38 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model import prompt, tokenizer
-from .scenes import FRAMES, NAMES
+from .model import WORDING, tokenizer
+from .task import Wording
 
-KINDS = ("frame", "left")
+KINDS = WORDING.kinds
 IMAGE_AT = 1  # the picture's first token comes after <s>
-# one frame is the leftmost, so one question of six has no answer
-PER_PICTURE = {"frame": FRAMES, "left": FRAMES - 1}
 
 
-def question_tokens(kind: str) -> Tensor:
+def question_tokens(kind: str, wording: Wording = WORDING) -> Tensor:
     """`[6, T]` token ids of a question behind its picture, one row for each colour named."""
-    ids = torch.tensor(tokenizer()([prompt(kind, c) for c in range(len(NAMES))])["input_ids"])
-    return ids[:, IMAGE_AT + 1 :]
+    some = [wording.question(kind, name) for name in range(len(wording.names))]
+    return torch.tensor(tokenizer(wording)(some)["input_ids"])[:, IMAGE_AT:]
 
 
 class Questions:
     """The questions of some kinds that a picture is asked at once.
 
     Args:
-        kinds: Of question; every one that has an answer is asked.
+        kinds: Of question; every one that has an answer is asked. None is all of them.
+        wording: What can be asked.
     """
 
-    def __init__(self, kinds: Sequence[str] = KINDS):
-        self.kinds = tuple(kinds)
-        self.tokens = {kind: question_tokens(kind) for kind in self.kinds}
-        self.kind_of = [kind for kind in self.kinds for _ in range(PER_PICTURE[kind])]
+    def __init__(self, kinds: Sequence[str] | None = None, wording: Wording = WORDING):
+        self.wording = wording
+        self.kinds = wording.kinds if kinds is None else tuple(kinds)
+        self.tokens = {kind: question_tokens(kind, wording) for kind in self.kinds}
+        self.kind_of = [kind for kind in self.kinds for _ in range(wording.asked[kind])]
         lengths = torch.tensor([self.tokens[kind].shape[1] for kind in self.kind_of])
         self.ends = lengths.cumsum(0)  # within the text; the answer is predicted by the token before
         self.starts = self.ends - lengths
         # the row that predicts the last answer needs a token after it for its label
         self.length = int(self.ends[-1]) + 1
-        words = tokenizer()
+        words = tokenizer(wording)
         self.begin = words.bos_token_id
         self.pad = words.pad_token_id
         self.digits = torch.tensor(words.convert_tokens_to_ids(list(map(str, range(10)))))
@@ -60,14 +60,14 @@ class Questions:
         """
         parts = []
         for kind in self.kinds:
-            rows, named = np.nonzero(digits[:, KINDS.index(kind)] >= 0)
-            assert len(rows) == len(digits) * PER_PICTURE[kind]
+            rows, named = np.nonzero(digits[:, self.wording.kinds.index(kind)] >= 0)
+            assert len(rows) == len(digits) * self.wording.asked[kind]
             parts.append(torch.from_numpy(named.reshape(len(digits), -1)))
         return torch.cat(parts, dim=1)
 
     def of(self, values: np.ndarray, colours: Tensor) -> Tensor:
         """`[B, Q, ...]` the entries of `[B, 2, 6, ...]` that belong to the questions asked."""
-        kinds = torch.tensor([KINDS.index(kind) for kind in self.kind_of])
+        kinds = torch.tensor([self.wording.kinds.index(kind) for kind in self.kind_of])
         return torch.from_numpy(values)[torch.arange(len(values))[:, None], kinds[None], colours]
 
     def text(self, colours: Tensor) -> Tensor:
@@ -87,8 +87,9 @@ class Questions:
 
     def naming(self, before: int) -> Tensor:
         """`[Q]` the rows of the words that name a colour."""
-        after = torch.tensor([{"frame": 3, "left": 2}[kind] for kind in self.kind_of])
-        return before + self.ends - after
+        # it is the one word in which a kind's questions differ
+        at = {kind: int((ids[0] != ids[1]).nonzero()) for kind, ids in self.tokens.items()}
+        return before + self.starts + torch.tensor([at[kind] for kind in self.kind_of])
 
     def mask(self, before: int, answers_look: bool = False) -> Tensor:
         """`[1, 1, L, L]` bool: causal, and no question sees another.

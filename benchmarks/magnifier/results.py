@@ -28,9 +28,12 @@ from ..sections import FOLDER, write_json, write_section
 from . import train
 from .arms import ARMS, EVERY, Arm
 from .evaluate import ceiling, evaluate
+from .image_task import IMAGE
+from .media_results import measure_media, media_lines, spread
 from .model import processor
 from .pictures import GRID, cached
 from .questions import KINDS
+from .tasks import TASKS
 from .weights import CEILINGS, arm_model, ceiling_model, shared
 
 JSON = FOLDER / "magnifier.json"
@@ -77,6 +80,9 @@ def measure(folder: Path) -> dict[str, Any]:
         if (path / "done").exists() and name not in found["ceilings"]:
             reader = ceiling_model(path / "model.safetensors")
             found["ceilings"][name] = ceiling(reader, fine, "test", IMAGES, TEST_SEED)
+    for task in TASKS.values():
+        if task is not IMAGE:
+            measure_media(found, task, task.folder(folder), lambda: write_json(JSON, found))
     found["images"] = IMAGES
     found["training"] = {"steps": train.STEPS, "batch": train.BATCH, "learning_rate": train.LEARNING_RATE}
     found["versions"] = {
@@ -110,12 +116,6 @@ def fractions(load: Callable[[], Any], weights: dict[str, Any], pictures: Any) -
 def runs_of(found: dict[str, Any], name: str) -> list[dict[str, Any]]:
     """An arm's runs, by seed."""
     return [r for run, r in sorted(found["runs"].items()) if run.rpartition("-")[0] == name]
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """`mean ± half range` in percent."""
-    mean, half = 100 * statistics.mean(values), 50 * (max(values) - min(values))
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def row(found: dict[str, Any], name: str, label: str) -> str:
@@ -186,6 +186,7 @@ def section(found: dict[str, Any]) -> str:
             lines.append(
                 f"| {100 * float(fraction):.0f} % | {100 * r['accuracy']:.1f} | {100 * r['hit_any']:.1f} |"
             )
+    lines += media_lines(found.get("media", {}), _LABELS)
     for plot, text in (
         ("accuracy_over_flops", "Accuracy over FLOPs"),
         ("accuracy_over_fraction", "Accuracy over the share of regions read"),

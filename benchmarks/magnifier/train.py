@@ -3,6 +3,7 @@
     python -m benchmarks.magnifier.train all                      # everything, three seeds of each arm
     python -m benchmarks.magnifier.train arm --arm flex --seed 0  # one arm
     python -m benchmarks.magnifier.train base                     # a part: encoder, pictures, ceiling, base, ablations
+    python -m benchmarks.magnifier.train all --task video         # the same for clips, or for recordings (audio)
 
 A run that is killed goes on from its last checkpoint. Two processes may work side by side: each takes arms that the
 other doesn't hold.
@@ -28,27 +29,28 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from flexcore.hf.training import AlphaWarmup, Exploration
 
-from .arms import ARMS, EVERY, Arm, Inputs, build
+from .arms import ARMS, EVERY, Arm, Inputs, build, fitted
 from .base import train_base, with_encoder
 from .ceiling import train_ceiling
-from .encoder import Reader, train_encoder
+from .image_task import IMAGE
 from .loop import generator
-from .model import processor
-from .pictures import Pictures, cached
+from .task import Media, Task
+from .tasks import TASKS
 
 FOLDER = Path("outputs/magnifier")
-ENCODER_STEPS, BASE_STEPS, CEILING_STEPS = 2500, 2500, 3000
-STEPS, BATCH, LEARNING_RATE = 600, 8, 2e-3
-PICTURES = {"train": (6000, 100), "val": (200, 101)}
+CEILING_STEPS = 3000
+STEPS, BATCH, LEARNING_RATE = IMAGE.steps, 8, 2e-3
 SEEDS = (0, 1, 2)
 # what says most comes first
 ORDER = ("flex", "dense", "coarse", "all", "random", "threshold", "oracle")
+# Of the other media one seed, and the arms that say what the pictures' say
+OTHER_ORDER = ("flex", "coarse", "dense", "random", "all")
 
 
 class Batches(Dataset):
     """Batch after batch of pictures, the same for every arm; which ones depends on the seed and the step alone."""
 
-    def __init__(self, pictures: Pictures, seed: int, steps: int, batch: int = BATCH):
+    def __init__(self, pictures: Media, seed: int, steps: int, batch: int = BATCH):
         self.pictures, self.seed, self.steps, self.batch = pictures, seed, steps, batch
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class Batches(Dataset):
         )
 
 
-def picture_batch(pictures: Pictures, which: Any) -> dict[str, Any]:
+def picture_batch(pictures: Media, which: Any) -> dict[str, Any]:
     """What `Inputs` takes, for some of the pictures."""
     return {
         "encoded": pictures.look_up(which),
@@ -90,7 +92,7 @@ class ArmTrainer(Trainer):
 class Progress(TrainerCallback):
     """Validation accuracy every so often, into a log that outlives the run."""
 
-    def __init__(self, log: Path, inputs: Inputs, held: Pictures, every: int):
+    def __init__(self, log: Path, inputs: Inputs, held: Media, every: int):
         self.log, self.inputs, self.held, self.every = log, inputs, held, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -105,7 +107,7 @@ class Progress(TrainerCallback):
 
 
 @torch.no_grad()
-def validate(model: Any, inputs: Inputs, held: Pictures, n: int = 60) -> dict[str, float]:
+def validate(model: Any, inputs: Inputs, held: Media, n: int = 60) -> dict[str, float]:
     """Share of answers that are right on the first pictures, for each kind of question."""
     right = []
     for start in range(0, n, 20):
@@ -118,17 +120,26 @@ def validate(model: Any, inputs: Inputs, held: Pictures, n: int = 60) -> dict[st
     return {k: float(share[torch.tensor([of == k for of in kinds])].mean()) for k in inputs.questions.kinds}
 
 
-def train_arm(name: str, arm: Arm, seed: int, folder: Path, steps: int = STEPS, batch: int = BATCH) -> None:
+def train_arm(
+    name: str,
+    arm: Arm,
+    seed: int,
+    folder: Path,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    task: Task = IMAGE,
+) -> None:
     """Train one arm with one seed, or go on with it."""
     done = folder / "done"
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    llava = prepared_base()
-    train, held = pictures(llava, "train"), pictures(llava, "val")
+    arm = fitted(arm, task)
+    llava = prepared_base(task=task)
+    train, held = (media(llava, split, task) for split in ("train", "val"))
     torch.manual_seed(seed)
     model = build(arm, lambda: llava).train()
-    inputs = Inputs(arm)
+    inputs = Inputs(arm, task=task)
     callbacks: list[TrainerCallback] = [Progress(folder / "log.jsonl", inputs, held, max(1, steps // 10))]
     alpha = None
     if arm.explore:
@@ -178,33 +189,41 @@ def train_arm(name: str, arm: Arm, seed: int, folder: Path, steps: int = STEPS, 
 # ---------------------------------------------------------------------- the parts
 
 
-def prepare(what: str) -> None:
+def prepare(what: str, task: Task = IMAGE) -> None:
     """Make what the arms are built on, as far as `what` needs it."""
-    with held_alone(FOLDER / "encoder.lock", wait=True):
-        encoder = train_encoder(FOLDER / "encoder", ENCODER_STEPS)
+    encoder = prepared_encoder(task)
     if what in ("all", "base"):
-        prepared_base(encoder)
+        prepared_base(encoder, task)
     if what in ("all", "pictures"):
-        for split in PICTURES:
-            pictures(with_encoder(encoder), split)
-    if what in ("all", "ceiling"):
+        for split in ("train", "val"):
+            media(with_encoder(encoder, task=task), split, task)
+    if what in ("all", "ceiling") and task is IMAGE:
         with held_alone(FOLDER / "ceiling.lock", wait=True):
             for name, fine in (("fine", True), ("coarse", False)):
                 train_ceiling(FOLDER / f"ceiling-{name}", fine, CEILING_STEPS)
 
 
-def prepared_base(encoder: Reader | None = None) -> Any:
+def prepared_encoder(task: Task = IMAGE) -> Any:
+    """The trained encoder, with its tower; trains it first if it isn't there."""
+    folder = task.folder(FOLDER)
+    with held_alone(folder / "encoder.lock", wait=True):
+        return task.train_encoder(folder / "encoder", task.encoder_steps)
+
+
+def prepared_base(encoder: Any = None, task: Task = IMAGE) -> Any:
     """The trained base, a LLaVA; trains it first if it isn't there."""
-    encoder = train_encoder(FOLDER / "encoder", ENCODER_STEPS) if encoder is None else encoder
-    with held_alone(FOLDER / "base.lock", wait=True):
-        return train_base(FOLDER / "base", encoder, BASE_STEPS)
+    folder = task.folder(FOLDER)
+    encoder = prepared_encoder(task) if encoder is None else encoder
+    with held_alone(folder / "base.lock", wait=True):
+        return train_base(folder / "base", encoder, task.base_steps, task=task)
 
 
-def pictures(llava: Any, split: str) -> Pictures:
-    """The split's encoded pictures."""
-    n, seed = PICTURES[split]
-    with held_alone(FOLDER / f"pictures-{split}.lock", wait=True):
-        return cached(FOLDER / f"pictures-{split}", llava, processor(), split, n, seed)
+def media(llava: Any, split: str, task: Task = IMAGE) -> Media:
+    """The split's encoded pictures, or whatever the task is about."""
+    n, seed = task.splits[split]
+    folder = task.folder(FOLDER)
+    with held_alone(folder / f"pictures-{split}.lock", wait=True):
+        return task.cached(folder / f"pictures-{split}", llava, split, n, seed)
 
 
 @contextmanager
@@ -224,22 +243,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("all", "encoder", "pictures", "ceiling", "base", "arm", "ablations"))
     parser.add_argument("--arm", choices=tuple(EVERY), default="flex")
+    parser.add_argument("--task", choices=tuple(TASKS), default="image")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="default: the task's own")
     parser.add_argument("--name", help="where under the outputs an arm goes; default: arms/ARM-SEED")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    prepare(args.what)
+    task = TASKS[args.task]
+    prepare(args.what, task)
+    order = [(name, seed) for seed in SEEDS for name in ORDER]
     jobs = {
-        "all": [(name, seed) for seed in SEEDS for name in ORDER],
+        "all": order if task is IMAGE else [(name, 0) for name in OTHER_ORDER],
         "ablations": [(name, 0) for name in EVERY if name not in ARMS],
         "arm": [(args.arm, args.seed)],
     }.get(args.what, [])
     for name, seed in jobs:
-        folder = FOLDER / (args.name or f"arms/{name}-{seed}")
+        folder = task.folder(FOLDER) / (args.name or f"arms/{name}-{seed}")
         with held_alone(folder / "lock") as mine:
             if mine:
-                train_arm(name, EVERY[name], seed, folder, args.steps)
+                train_arm(name, EVERY[name], seed, folder, args.steps or task.steps, task=task)
     return 0
 
 

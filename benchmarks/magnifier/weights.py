@@ -12,19 +12,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .arms import ARMS, Arm, build
+from .base import assembled
 from .ceiling import CropReader
-from .model import assemble, processor
+from .image_task import IMAGE
+from .model import processor
+from .task import Task
 
 HERE = Path(__file__).parent / "weights"
 CEILINGS = {"ceiling": True, "ceiling_coarse": False}
 
 
-def shared(source: Any) -> Callable[[], Any]:
+def shared(source: Any, task: Task = IMAGE) -> Callable[[], Any]:
     """A maker of LLaVAs whose encoder and projector are those of another; for arms, which differ in the rest."""
     state = {k: v.detach().float() for k, v in source.state_dict().items() if not k.startswith("flex_fine")}
 
     def load() -> Any:
-        model = assemble()
+        model = assembled(task)
         model.load_state_dict(state)
         return model
 
