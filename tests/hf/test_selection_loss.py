@@ -222,6 +222,25 @@ def test_exploration_anneals_in_a_trainer_and_leaves_no_trace(tmp_path):
     assert torch.equal(forward(model.eval(), inputs), forward(again, inputs))
 
 
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
+    """Trainer adds accumulated batches up, so each must be over the answer tokens of all of them."""
+    found = {}
+    for weight, size, steps in ((WEIGHT, 4, 1), (WEIGHT, 2, 2), (WEIGHT, 1, 4), (0.0, 4, 1)):
+        run = trainer(
+            tmp_path,
+            wrapped("llama", layers=4, selection_loss=weight),
+            max_steps=2,
+            learning_rate=1e-3,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        run.train()
+        found[weight, size] = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert found[WEIGHT, 2] == pytest.approx(found[WEIGHT, 4], abs=1e-3)
+    assert found[WEIGHT, 1] == pytest.approx(found[WEIGHT, 4], abs=1e-3)
+    assert found[WEIGHT, 4][0] - found[0.0, 4][0] > 1e-2
+
+
 def test_a_first_step_reads_everything(tmp_path):
     found = []
     for selector in ("top_k", "all"):
