@@ -117,6 +117,7 @@ def _forward(
     groups = heads // k.shape[1]
     if v is not None and cells is None and mask is None and softcap is None and _fits_flash(q, k, v):
         rows = q.reshape(batch, k.shape[1], groups * q.shape[2], q.shape[3])
+        assert _FLASH is not None
         out, lse = _FLASH(rows, k, v, scale=scaling)
         return out.reshape(batch, heads, q.shape[2], -1), lse.reshape(batch, heads, q.shape[2]), None
     exact = torch.promote_types(q.dtype, torch.float32)

@@ -19,10 +19,13 @@ class Teaching:
 
     Args:
         weight: Of the mean over layers and rows, in the loss.
+        items: Answer tokens of the whole optimizer step, as Trainer counts them; None: the mean is over this batch's
+            rows.
     """
 
-    def __init__(self, weight: float):
+    def __init__(self, weight: float, items: Any = None):
         self.weight = weight
+        self.items = items
         self._scores: dict[int, Tensor] = {}
         self._terms: dict[int, list[Tensor]] = {}
 
@@ -32,7 +35,7 @@ class Teaching:
         weight = model._flex_binding.config.selection_loss
         if not weight or not model.training or not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return None
-        return cls(weight)
+        return cls(weight, kwargs.get("num_items_in_batch"))
 
     def selects(self, layer: int, *where: Tensor, **how: Any) -> None:
         """A layer selects; arguments as for `cell_scores`."""
@@ -98,7 +101,9 @@ class Teaching:
         """
         if not self._terms:
             return out
-        terms = [torch.cat(rows).mean() for rows in self._terms.values()]
+        joined = [torch.cat(rows) for rows in self._terms.values()]
+        # Trainer adds up accumulated batches and processes whose losses are over the tokens of all of them
+        terms = [r.mean() if self.items is None else r.sum() / self.items for r in joined]
         if reentrant:
             raise ValueError(
                 "use_reentrant must be False in gradient_checkpointing_kwargs for a selection_loss (reentrant "
