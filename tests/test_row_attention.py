@@ -443,6 +443,20 @@ def test_nothing_is_read_before_it_is_written(shape: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.skipif(module._FLASH is None, reason="this torch has no such operation")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_torchs_own_attention_for_cpus_gives_the_same(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, heads, kv_heads, rows, keys, width, value_width = SHAPES[shape]
+    q, k = torch.randn(batch, heads, rows, width), 3 * torch.randn(batch, kv_heads, keys, width)
+    v, calls, flash = torch.randn(batch, kv_heads, keys, value_width), [], module._FLASH
+    monkeypatch.setattr(module, "_FLASH", lambda *a, **kw: (calls.append(1), flash(*a, **kw))[1])
+    found = row_attention(q, k, v, None, scaling=0.2)
+    assert len(calls) == (width == value_width)
+    monkeypatch.setattr(module, "_FLASH", None)
+    for here, there in zip(found[:2], row_attention(q, k, v, None, scaling=0.2)[:2], strict=True):
+        assert here.shape == there.shape and gap(here, there) < 5 * FLOAT32
+
+
 def test_inputs_are_left_alone() -> None:
     given = tensors("B2-H6of2-R7-N100-D40-Dv24")
     strided = tuple(t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in given)
