@@ -218,6 +218,9 @@ def summary(found: dict[str, Any]) -> str:
     frames = {name: [r["frame"] for r in runs_of(found, name)] for name in _LABELS}
     cost = {name: statistics.mean(f["gflops"] for f in some) for name, some in frames.items() if some}
     shares = {name: spread([f["accuracy"] for f in some]) for name, some in frames.items() if some}
+    counts = sorted(
+        {len(frames[name]) for name in ("coarse", "random", "flex", "all", "dense") if frames[name]}
+    )
     lines = [
         "| | right answers, % | language model's prefill, GFLOP |",
         "|---|---|---|",
@@ -229,7 +232,7 @@ def summary(found: dict[str, Any]) -> str:
         "",
         f"{questions:,} questions about {found['images']} pictures whose digits and photographs no training has seen; "
         f"a decoder of 0.9 M weights, {training['steps']} steps on two CPU cores, mean of "
-        f"{len(runs_of(found, 'flex'))} seeds ± half the range. Chance is 10 %.",
+        f"{' to '.join(map(str, counts))} seeds ± half the range. Chance is 10 %.",
     ]
     return "\n".join(lines)
 
