@@ -44,14 +44,16 @@ def extra_operations(model: Any, inputs: dict[str, Any]) -> int:
     return (found[0] - found[1]).total()
 
 
-def quick(run: Callable[[], Any], times: int = 400) -> float:
-    """Seconds that a call takes when little else is going on: the quarter of the calls that were fastest."""
-    seconds = []
+def quick_difference(run: Callable[[], Any], plain: Callable[[], Any], times: int = 400) -> float:
+    """Seconds that one call takes more than another when little else goes on: quartiles of each, called in turns."""
+    seconds: tuple[list[float], list[float]] = [], []
     for _ in range(times):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return sorted(seconds)[times // 4]
+        for call, taken in zip((run, plain), seconds, strict=True):
+            started = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - started)
+    first, second = (sorted(taken)[times // 4] for taken in seconds)
+    return first - second
 
 
 @torch.no_grad()
@@ -69,10 +71,12 @@ def python_per_layer(model: Any) -> float:
     query = torch.zeros(1, config.num_attention_heads, 1, config.head_dim)
     key = torch.zeros(1, config.num_key_value_heads, 1, config.head_dim)
     plain, inputs = type(model)._flex_base.forward, {"input_ids": torch.ones(1, 1, dtype=torch.long)}
-    base = quick(lambda: sdpa_attention_forward(attention, query, key, key, None, scaling=1.0))
-    own = quick(lambda: ours(attention, query, key, key, None, scaling=1.0))
-    whole = quick(lambda: model(**inputs)) - quick(lambda: plain(model, **inputs))
-    return own - base + max(0.0, whole) / len(layers)
+    own = quick_difference(
+        lambda: ours(attention, query, key, key, None, scaling=1.0),
+        lambda: sdpa_attention_forward(attention, query, key, key, None, scaling=1.0),
+    )
+    whole = quick_difference(lambda: model(**inputs), lambda: plain(model, **inputs))
+    return own + max(0.0, whole) / len(layers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -220,28 +220,7 @@ def test_the_wrapped_models_plain_path_is_the_base_path():
 
 
 def test_without_media_a_layer_costs_at_most_20_microseconds_of_python():
-    """Our attention function against the base's, on tensors of no size, and the wrapped forward's own share."""
-    import time
+    """As the speed benchmark measures it."""
+    from benchmarks.speed_no_media import python_per_layer
 
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    model = wrapped("llama", layers=6)
-    attention = model.model.layers[2].self_attn
-    ours = ALL_ATTENTION_FUNCTIONS[str(model._flex_binding.implementation)]
-    q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
-    plain_forward, no_work = type(model)._flex_base.forward, {"input_ids": torch.ones(1, 1, dtype=torch.long)}
-
-    def best(run) -> float:
-        times = []
-        for _ in range(400):
-            started = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started)
-        return sorted(times)[len(times) // 4]
-
-    with torch.no_grad():
-        base = best(lambda: sdpa_attention_forward(attention, q, k, k, None, scaling=1.0))
-        own = best(lambda: ours(attention, q, k, k, None, scaling=1.0))
-        whole = best(lambda: model(**no_work)) - best(lambda: plain_forward(model, **no_work))
-    assert (own - base) + max(0.0, whole) / 6 < 20e-6
+    assert python_per_layer(wrapped("llama", layers=6)) < 20e-6
