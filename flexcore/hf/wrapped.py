@@ -21,6 +21,7 @@ from .pickling import reduce_wrapped
 from .roundabout import injecting, roundabout
 from .saving import saving_methods
 from .state import FlexRequest
+from .state_names import loading_methods
 from .static import project_all, running, static_step
 from .teaching import Teaching
 from .training_checks import check_reentrant_inputs, no_media, trains_together
@@ -129,6 +130,7 @@ def wrapped_class(base: Any) -> type:
         "load_adapter_weights": load_adapter_weights,
         "__reduce_ex__": reduce_wrapped,
         **saving_methods(base),
+        **loading_methods(base),
     }
     if hasattr(base, "generate"):
         body["prepare_inputs_for_generation"] = _signed(
