@@ -28,7 +28,7 @@ from .dry_run import text_decoder
 from .encoder_cost import Encoder, measure_encoder, sized
 from .kv_cache import cache_argument
 from .meta import counting
-from .probes import PARTIAL, _layer_index, _layer_types
+from .probes import PARTIAL, layer_index, layer_types
 from .wrapping import resolve
 
 # two lengths, to see that the work grows with the tokens; whole chunks for linear attention
@@ -271,10 +271,10 @@ class _Layer:
 def _windows(decoder: Any, calls: list[Any]) -> tuple[int | None, ...]:
     """How far back each layer sees; 0 for one that called no attention."""
     config = decoder.config
-    kinds = _layer_types(config)
+    kinds = layer_types(config)
     seen: dict[int, int | None] = {}
     for order, (module, _, window) in enumerate(calls):
-        index = _layer_index(decoder, module)
+        index = layer_index(decoder, module)
         index = order if index is None else index
         if index in seen:
             raise UnsupportedModelError(

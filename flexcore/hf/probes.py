@@ -63,13 +63,13 @@ def findings(
     Raises:
         UnsupportedModelError: No layer can read.
     """
-    types = _layer_types(getattr(decoder, "config", None))
+    types = layer_types(getattr(decoder, "config", None))
     sites: dict[int, AttentionSite] = {}
     ear = None
     for call in probe.calls:
         if encoded is not None and call.key.shape[2] != encoded.shape[1]:
             continue  # a decoder's attention to its own text has no coarse tokens
-        layer = _layer_index(decoder, call.module)
+        layer = layer_index(decoder, call.module)
         if layer is None or layer in sites:
             raise UnsupportedModelError(
                 f"{name}: {type(call.module).__name__} is not the one attention of one layer, so it can't be told "
@@ -94,7 +94,7 @@ def findings(
     return Findings(sites, implementation, ear)
 
 
-def _layer_types(config: Any) -> list[str] | None:
+def layer_types(config: Any) -> list[str] | None:
     try:
         from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -103,7 +103,7 @@ def _layer_types(config: Any) -> list[str] | None:
         return getattr(config, "layer_types", None)
 
 
-def _layer_index(decoder: nn.Module, module: nn.Module) -> int | None:
+def layer_index(decoder: nn.Module, module: nn.Module) -> int | None:
     index = getattr(module, "layer_idx", None)
     if isinstance(index, int):
         return index
