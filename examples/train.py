@@ -281,7 +281,7 @@ def make_trainer(
     """A plain Trainer with all that the options ask for."""
     from transformers import Trainer
 
-    from flexcore.hf.training import AlphaWarmup, Exploration, FlexCollator
+    from flexcore.hf.training import AlphaWarmup, Exploration, FlexCollator, TimeLimit
     from flexcore.hf.training_groups import parameter_groups
     from flexcore.hf.training_metrics import SelectedShare, right_tokens
 
@@ -290,6 +290,8 @@ def make_trainer(
     callbacks = [share, *([] if warmup is None else [warmup])]
     if args.exploration is not None:
         callbacks.append(Exploration(args.exploration, args.exploration_floor))
+    if args.max_minutes is not None:
+        callbacks.append(TimeLimit(args.max_minutes))
     cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     rates = (args.learning_rate, args.fine_learning_rate, args.weight_decay)
     options = {**options, "params": parameter_groups(model, *rates)}
@@ -359,8 +361,10 @@ def cost(args: argparse.Namespace, model: Any, train: TrainingSamples, steps: in
         sharded=args.deepspeed is not None,
     )
     try:
-        measured = measure(model.config, first_layer=config.first_layer)
-        made = training_cost(measured, Parameters.of(model.config, measured), setting).text(steps)
+        # some towers take pictures of another size than their config says
+        side = getattr(train.adapter, "side", None)
+        measured = measure(model.config, first_layer=config.first_layer, side=side)
+        made = training_cost(measured, Parameters.of(model.config, measured, side), setting).text(steps)
     except (ValueError, UnsupportedModelError) as error:
         return f"cost model: not known for this model ({error})"
     assumed = (

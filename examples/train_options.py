@@ -20,7 +20,17 @@ from flexcore.roofline import machine
 
 SETTINGS = "settings.json"
 # What a result doesn't depend on.
-_FREE = ("output", "workers", "log_every", "save_every", "keep", "machine", "images", "check_pictures")
+_FREE = (
+    "output",
+    "workers",
+    "log_every",
+    "save_every",
+    "keep",
+    "machine",
+    "images",
+    "check_pictures",
+    "max_minutes",
+)
 _FLEX = ("first_layer", "selector", "threshold", "top_k", "fraction", "alpha_warmup", "selection_loss")
 
 
@@ -46,6 +56,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add = made.add_argument_group("how long").add_argument
     add("--epochs", type=float, default=1.0)
     add("--max-steps", "--steps", type=int, dest="max_steps", help="instead of epochs")
+    add("--max-minutes", type=float, help="stop then, with a model; the same command goes on")
     add("--batch", type=int, default=1, help="samples on each device")
     add("--accumulate", type=int, default=1, help="batches per step")
     add("--save-every", type=int, default=500, help="steps between checkpoints, and between evaluations")
@@ -120,6 +131,8 @@ def checked(args: argparse.Namespace) -> argparse.Namespace:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.epochs <= 0:
         raise ValueError(f"--epochs must be more than 0, got {args.epochs}")
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        raise ValueError(f"--max-minutes must be more than 0, got {args.max_minutes}")
     if not 0 <= args.warmup_ratio <= 1:
         raise ValueError(f"--warmup-ratio must be in [0, 1], got {args.warmup_ratio}")
     if args.workers < 0:

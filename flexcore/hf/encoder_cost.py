@@ -71,7 +71,7 @@ def measure_encoder(model: Any, decoder: nn.Module, hidden: int, side: int | Non
         return None
     model.set_attn_implementation("eager")  # whose products are counted on any device
     inputs, tiles = _picture(method, model.config, side)
-    projectors = _outermost(model, decoder)
+    projectors = outermost(model, decoder)
     share = 0
     with counting() as counter:
 
@@ -106,7 +106,7 @@ def measure_encoder(model: Any, decoder: nn.Module, hidden: int, side: int | Non
     return Encoder(tokens, (total - share) // tiles, share // tiles, rest, sum(projector.values()))
 
 
-def _outermost(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
+def outermost(model: nn.Module, decoder: nn.Module) -> list[nn.Module]:
     """The modules outside the decoder whose name says that they project, less those inside such a one."""
     inside = {id(m) for m in decoder.modules()}
     found: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""What training with plain `transformers.Trainer` needs: a collator, what trains, alpha's warm-up, exploration.
+"""What plain `transformers.Trainer` needs: a collator, what trains, alpha's warm-up, exploration, a time limit.
 
 DDP and FSDP2 need no `find_unused_parameters`, also where a process' batch has no media. To generate with a model that
 FSDP2 shards, call `torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")` once, as for any model.
@@ -6,6 +6,8 @@ FSDP2 shards, call `torch.distributed.fsdp.register_fsdp_forward_method(model, "
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -178,6 +180,44 @@ class Exploration(TrainerCallback):
         binding = without_peft(kwargs["model"])._flex_binding
         if isinstance(binding.selector, ExploringSelector):
             binding.selector = binding.selector.inner
+
+
+class TimeLimit(TrainerCallback):
+    """Stop training, with a checkpoint, at the first step that ends after so many minutes.
+
+    Of several processes the first one's clock counts: they must all stop at the same step.
+
+    Args:
+        minutes: Since training began, or went on.
+
+    Raises:
+        ValueError: `minutes` isn't a positive number.
+    """
+
+    def __init__(self, minutes: float):
+        if not (minutes > 0 and math.isfinite(minutes)):
+            raise ValueError(f"minutes must be a number > 0, got {minutes!r}")
+        self.minutes = minutes
+        self._end = math.inf
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the clock."""
+        self._end = time.monotonic() + 60 * self.minutes
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint and for the end once the time is over."""
+        over = time.monotonic() >= self._end
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            told = torch.tensor(int(over), device=args.device)
+            distributed.broadcast(told, src=0)
+            over = bool(told)
+        if over:
+            control.should_save = control.should_training_stop = True
 
 
 class FlexCollator:

@@ -12,6 +12,7 @@ each other are not counted.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,9 @@ from ..cost import MULTIPLY_ADD, flex_prefill
 from ..roofline import MACHINES, Work, decoder_parts, machine
 from .cost import Measured, _build, load_config, measure
 from .cost_report import ITEMSIZE, Setting, encoding, quantity, seconds
+from .encoder_cost import sized
 
-TRAINS = ("fine", "lora", "all-but-tower", "all")
+TRAINS = ("fine", "fine-and-projector", "lora", "all-but-tower", "all")
 # AdamW's two moments, and what a step reads and writes of weights, gradients and moments, in float32
 _MOMENTS, _STEP_BYTES = 8, 28
 
@@ -38,7 +40,7 @@ class TrainingSetting:
         answer: Labelled tokens of a sample: its readout rows.
         accumulate: Batches per step.
         devices: That train together.
-        trains: `fine`, `lora`, `all-but-tower` or `all`, as in `flexcore.hf.training_groups`.
+        trains: `fine`, `fine-and-projector`, `lora`, `all-but-tower` or `all`, as in `flexcore.hf.training_groups`.
         rank: Of LoRA.
         weights: Dtype that the weights are held in; beside 16 bits the optimizer keeps a copy in 32.
         checkpointing: Gradient checkpointing.
@@ -90,10 +92,10 @@ class Parameters:
     fine: int
 
     @classmethod
-    def of(cls, config: Any, measured: Measured) -> Parameters:
-        """A config's, counted on the meta device."""
+    def of(cls, config: Any, measured: Measured, side: int | None = None) -> Parameters:
+        """A config's, counted on the meta device; `side` as it was measured with."""
         with torch.device("meta"):
-            total = sum(p.numel() for p in _build(config).parameters())
+            total = sum(p.numel() for p in _build(sized(copy.deepcopy(config), side)).parameters())
         encoder, shape = measured.encoder, measured.shape
         tower, projector = (encoder.tower_params, encoder.projector_params) if encoder is not None else (0, 0)
         fine = len(shape.reading) * shape.fine_params_per_layer
@@ -107,8 +109,8 @@ class Parameters:
     def trained(self, setting: TrainingSetting, measured: Measured) -> int:
         """Those that train."""
         shape = measured.shape
-        if setting.trains == "fine":
-            return self.fine
+        if setting.trains in ("fine", "fine-and-projector"):
+            return self.fine + (self.projector if setting.trains != "fine" else 0)
         if setting.trains == "lora":
             # four projections of attention and those of the MLP, two thin matrices each
             ins = 2 * shape.hidden + shape.heads * shape.head_dim + shape.intermediate + 2 * shape.hidden
@@ -241,9 +243,8 @@ def _encoding(measured: Measured, setting: TrainingSetting, itemsize: int) -> di
     tiles = seen.zoom**2 if seen.tiles is None else seen.tiles
     view = encoding(measured.encoder, seen.batch, hidden, itemsize)
     rest = encoding(measured.encoder, seen.batch * tiles, hidden, itemsize)
-    factors = {"fine": (1, 1), "lora": (1, 1), "all-but-tower": (1, 2), "all": (3, 3)}[setting.trains]
     again = int(setting.checkpointing and setting.trains == "all")
-    tower, projector = factors[0] + again, factors[1]
+    tower, projector = {"fine": (1, 1), "lora": (1, 1), "all": (3 + again, 3)}.get(setting.trains, (1, 2))
     return {
         "tower": _times(view["tower"], tower) + rest["tower"],
         "projector": _times(view["projector"], projector) + rest["projector"],
@@ -278,7 +279,8 @@ def _times(work: Work, factor: int) -> Work:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what a training step of a preset's or a checkpoint's model costs."""
-    print(_report(arguments(argv)))
+    args = arguments(argv)
+    print(asked(args).text(args.steps))
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -307,7 +309,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _report(args: argparse.Namespace) -> str:
+def asked(args: argparse.Namespace) -> TrainingCost:
+    """The cost that a command line asks for; `--steps` is left to `TrainingCost.text`."""
     config = load_config(args.model)
     seen = Setting(args.text, args.zoom, args.fraction, args.batch, args.dtype, machine(args.machine))
     same = {
@@ -315,7 +318,7 @@ def _report(args: argparse.Namespace) -> str:
     }
     setting = TrainingSetting(seen, checkpointing=args.checkpointing, sharded=args.sharded, **same)
     measured = measure(config, first_layer=args.first_layer)
-    return training_cost(measured, Parameters.of(config, measured), setting).text(args.steps)
+    return training_cost(measured, Parameters.of(config, measured), setting)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from torch import nn
 
 from ..errors import WrapStateError
 from .dry_run import text_decoder
-from .encoder_cost import _outermost
+from .encoder_cost import outermost
 from .offload import without_peft
 from .training import freeze_base
 
-TRAINS = ("fine", "all-but-tower", "all")
+TRAINS = ("fine", "fine-and-projector", "all-but-tower", "all")
 _FINE = "flex_fine"
 
 
@@ -26,10 +26,19 @@ def media_parameters(model: Any) -> list[nn.Parameter]:
 
 def tower_parameters(model: Any) -> list[nn.Parameter]:
     """The tower's parameters: those that only media reach, less the projector's."""
-    inner = _wrapped(model, "tower_parameters")
+    return _media_parameters(model, between=False)
+
+
+def projector_parameters(model: Any) -> list[nn.Parameter]:
+    """The parameters that only media reach on their way from the tower to the decoder."""
+    return _media_parameters(model, between=True)
+
+
+def _media_parameters(model: Any, between: bool) -> list[nn.Parameter]:
+    inner = _wrapped(model, "projector_parameters" if between else "tower_parameters")
     decoder: Any = text_decoder(inner)
-    between = {id(p) for module in _outermost(inner, decoder) for p in module.parameters()}
-    return [p for p in media_parameters(model) if id(p) not in between]
+    outer = {id(p) for module in outermost(inner, decoder) for p in module.parameters()}
+    return [p for p in media_parameters(model) if (id(p) in outer) == between]
 
 
 def train_only(model: Any, what: str) -> list[str]:
@@ -37,8 +46,8 @@ def train_only(model: Any, what: str) -> list[str]:
 
     Args:
         model: A wrapped model; for LoRA see `lora`.
-        what: `fine` (the fine projections alone), `all-but-tower` (as the paper does: everything but the vision tower)
-            or `all`.
+        what: `fine` (the fine projections alone), `fine-and-projector` (for a projector that was never trained),
+            `all-but-tower` (as the paper does: everything but the vision tower) or `all`.
 
     Returns:
         Names of the parameters that train.
@@ -52,7 +61,12 @@ def train_only(model: Any, what: str) -> list[str]:
     if what == "fine":
         return freeze_base(model)
     inner = _wrapped(model, "train_only")
-    inner.requires_grad_(True)
+    if what == "fine-and-projector":
+        freeze_base(inner)
+        for parameter in projector_parameters(inner):
+            parameter.requires_grad_(True)
+    else:
+        inner.requires_grad_(True)
     if what == "all-but-tower":
         for parameter in tower_parameters(inner):
             parameter.requires_grad_(False)

@@ -69,10 +69,11 @@ def _deferred(width: int, views: Sequence[Any]) -> list[FineStream]:
 
 
 def media_in_forward(model: Any, adapter: Adapter, needed: bool = False) -> list[Any]:
-    """Make deferred media when a batch reaches the model; under DDP, let every step reach all that media train.
+    """Make deferred media when a batch reaches the model, and let every step reach all that media train.
 
     A vision tower may have layers that nothing uses, and a process' batch no media at all. The others would wait for
-    those gradients, so in several processes a zero that depends on them is added to the loss.
+    those gradients, so in several processes a zero that depends on them is added to the loss. So it is where media
+    reach all that trains and a batch has none: a step without gradients, not an error in the middle of a run.
 
     Args:
         model: What the Trainer gets: wrapped, with peft around it or not.
@@ -104,8 +105,12 @@ def media_in_forward(model: Any, adapter: Adapter, needed: bool = False) -> list
         )
         loss = getattr(out, "loss", None)
         # under ZeRO-3 a parameter that lies elsewhere is empty here, and its owner reduces it
-        here = [p for p in trained if p.requires_grad and p.numel()]
-        if together and here and torch.is_grad_enabled() and loss is not None:
+        here = [p for p in trained if p.requires_grad and p.numel()] if together else []
+        if loss is None or not torch.is_grad_enabled():
+            return out
+        if not loss.requires_grad:
+            here = [p for p in module.parameters() if p.requires_grad and p.numel()]
+        if here:
             out.loss = loss + torch.stack([(p.sum() * 0.0).to(loss) for p in here]).sum()
         return out
 

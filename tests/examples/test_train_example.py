@@ -279,6 +279,40 @@ def test_accuracy_and_selected_share_are_logged(example, checkpoint, pictures, t
     assert "25.0% of regions selected" in out
 
 
+def test_a_time_limit_stops_with_a_model_and_the_same_command_goes_on(
+    example, checkpoint, pictures, tmp_path, capsys
+):
+    given = options(
+        pictures, tmp_path, "--max-steps", "4", "--trains", "fine-and-projector", model=checkpoint
+    )
+    given += ["--learning-rate", "1e-2"]
+    start = load_file(checkpoint / "model.safetensors")
+    for step in (1, 2):
+        assert example.main([*given, "--max-minutes", "1e-6"]) == 0
+        assert len(log(tmp_path)) == step
+        assert (tmp_path / f"checkpoint-{step}").is_dir()
+    assert f"going on from {tmp_path / 'checkpoint-1'}" in capsys.readouterr().out
+    found = load_file(tmp_path / "model" / "model.safetensors")
+    changed = {n for n in start if not torch.equal(start[n], found[n])}
+    assert changed and all("multi_modal_projector" in n for n in changed)
+    assert example.main(given) == 0  # without a limit to the end
+    assert len(log(tmp_path)) == 4
+
+
+def test_the_cost_is_that_of_the_pictures_that_the_tower_gets(
+    example, checkpoint, pictures, tmp_path, monkeypatch
+):
+    asked = []
+
+    def measured(*args, **kwargs):
+        asked.append(kwargs["side"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(example, "measure", measured)
+    given = options(pictures, tmp_path, "--max-steps", "1", model=checkpoint)
+    assert example.main(given) == 0 and asked == [48]
+
+
 def test_bad_data_is_reported_with_its_line_and_left_out(example, checkpoint, pictures, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -320,6 +354,7 @@ def test_bad_data_is_reported_with_its_line_and_left_out(example, checkpoint, pi
     "more, message",
     [
         (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--max-minutes", "0"], "--max-minutes must be more than 0, got 0"),
         (["--bf16", "--fp16"], "take one of them"),
         (["--lora", "4", "--trains", "all"], "--lora trains beside the fine projections"),
         (["--threshold", "256"], "threshold must be an integer in [0, 255], got 256"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import TrainerControl
 
 import flexcore
+from flexcore.hf.training import TimeLimit
 
 from .helpers import GRID, WIDE, Sample, batch, forward, plain, twin, wrapped
 
@@ -170,3 +174,32 @@ def test_answer_rows_before_the_medium_read_nothing(reference, selector):
     assert changed.nonzero()[:, 0].tolist() == [len(changed) - 2, len(changed) - 1]
     grads = gradients(model.train(), {**inputs, "labels": labels})
     assert all(bool(g.isfinite().all()) for g in grads.values())
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_time_limit(monkeypatch, together):
+    """At the first step that ends behind the limit; what several processes agree on is the first one's clock."""
+    now = [100.0]
+    monkeypatch.setattr("flexcore.hf.training.time.monotonic", lambda: now[0])
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    limit = TimeLimit(0.5)
+    told = []
+    if together:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(
+            torch.distributed, "broadcast", lambda tensor, src: told.append((int(tensor), src))
+        )
+    limit.on_train_begin(arguments, None, None)
+    for seconds, over in ((29.9, False), (30.0, True)):
+        control = TrainerControl()
+        now[0] = 100.0 + seconds
+        limit.on_step_end(arguments, None, control)
+        assert control.should_training_stop == control.should_save == over
+    assert told == ([(0, 0), (1, 0)] if together else [])
+    if together:  # another process' clock says that it is over, this one's doesn't
+        monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: tensor.fill_(1))
+        now[0], control = 100.0, TrainerControl()
+        limit.on_step_end(arguments, None, control)
+        assert control.should_training_stop
+    with pytest.raises(ValueError, match="minutes must be a number > 0, got 0"):
+        TimeLimit(0)

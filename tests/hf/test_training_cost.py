@@ -28,7 +28,7 @@ def made(measured, **changes):
     return training_cost(*measured, TrainingSetting(Setting(**seen), answer=ANSWER, **changes))
 
 
-@pytest.mark.parametrize("trains", ["fine", "lora", "all-but-tower", "all"])
+@pytest.mark.parametrize("trains", ["fine", "fine-and-projector", "lora", "all-but-tower", "all"])
 def test_parameters_that_train(measured, trains):
     model = flexcore.wrap(tiny_llava(layers=LAYERS)[0], flexcore.FlexConfig(first_layer=1))
     total = sum(p.numel() for p in model.parameters())
@@ -47,6 +47,28 @@ def test_parameters_that_train(measured, trains):
         4 * expected,
         8 * expected,
     )
+
+
+def test_a_projector_that_trains_costs_its_gradients(measured):
+    fine, more, paper = (made(measured, trains=t) for t in ("fine", "fine-and-projector", "all-but-tower"))
+    view = measured[0].encoder.projector_flops
+    assert more.parts["projector"].flops - fine.parts["projector"].flops == view > 0
+    assert more.parts["projector"] == paper.parts["projector"] and more.parts["tower"] == fine.parts["tower"]
+    # the gradient goes down through all layers, and no weight there has one
+    assert fine.parts["decoder"].flops < more.parts["decoder"].flops < paper.parts["decoder"].flops
+
+
+def test_a_tower_that_takes_smaller_pictures_costs_less(measured):
+    config = tiny_llava(layers=LAYERS)[0].config
+    less = measure(config, first_layer=1, side=24)
+    assert less.encoder.tokens == 9 and measured[0].encoder.tokens == 36
+    assert less.encoder.tower_flops < measured[0].encoder.tower_flops / 3
+    found = Parameters.of(config, less, side=24)
+    # the table of positions is the tower's
+    assert (found.text, found.projector, found.fine) == tuple(
+        getattr(measured[1], name) for name in ("text", "projector", "fine")
+    )
+    assert found.tower < measured[1].tower
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -108,7 +130,7 @@ def test_what_grows_with_what(measured):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"trains": "none"}, "trains must be one of fine, lora, all-but-tower, all, got 'none'"),
+        ({"trains": "none"}, "trains must be one of fine, fine-and-projector, lora, all-but-tower, all, got"),
         ({"answer": 0}, "answer must be an integer >= 1, got 0"),
         ({"answer": 65}, "answer must be at most text=64"),
         ({"devices": True}, "devices must be an integer >= 1, got True"),

@@ -13,7 +13,14 @@ from flexcore.errors import WrapStateError
 from flexcore.exploration import ExploringSelector
 from flexcore.hf.tiny import tiny_llama, tiny_llava
 from flexcore.hf.training import Exploration
-from flexcore.hf.training_groups import lora, media_parameters, parameter_groups, tower_parameters, train_only
+from flexcore.hf.training_groups import (
+    lora,
+    media_parameters,
+    parameter_groups,
+    projector_parameters,
+    tower_parameters,
+    train_only,
+)
 from flexcore.hf.training_metrics import SelectedShare, right_tokens
 
 from .helpers import batch, forward, wrapped
@@ -36,24 +43,31 @@ def test_parts_of_a_model(llava):
     projector = {name for name in every if ".multi_modal_projector." in name}
     assert tower and projector
     assert names(llava, tower_parameters(llava)) == tower
+    assert names(llava, projector_parameters(llava)) == projector
     assert names(llava, media_parameters(llava)) == tower | projector
     assert media_parameters(wrapped("llama")) == []
-    for call in (media_parameters, tower_parameters, lambda m: train_only(m, "all"), lambda m: lora(m, 4)):
+    calls = (media_parameters, tower_parameters, projector_parameters)
+    for call in (*calls, lambda m: train_only(m, "all"), lambda m: lora(m, 4)):
         with pytest.raises(WrapStateError):
             call(tiny_llama())
 
 
-@pytest.mark.parametrize("what", ["fine", "all-but-tower", "all"])
+@pytest.mark.parametrize("what", ["fine", "fine-and-projector", "all-but-tower", "all"])
 def test_train_only(llava, what):
     every = {name for name, _ in llava.named_parameters()}
     expected = {
         "fine": {n for n in every if n.startswith("flex_fine")},
+        "fine-and-projector": {
+            n for n in every if n.startswith("flex_fine") or ".multi_modal_projector." in n
+        },
         "all-but-tower": {n for n in every if ".vision_tower." not in n},
         "all": every,
     }[what]
     assert set(train_only(llava, what)) == expected
     assert {n for n, p in llava.named_parameters() if p.requires_grad} == expected
-    with pytest.raises(ValueError, match="what must be one of fine, all-but-tower, all, got 'none'"):
+    with pytest.raises(
+        ValueError, match="what must be one of fine, fine-and-projector, all-but-tower, all, got"
+    ):
         train_only(llava, "none")
 
 

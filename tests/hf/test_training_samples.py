@@ -15,6 +15,7 @@ from flexcore.hf.conversation import Turn
 from flexcore.hf.tiny import tiny_llava
 from flexcore.hf.training import FlexCollator
 from flexcore.hf.training_data import Example
+from flexcore.hf.training_groups import train_only
 from flexcore.hf.training_samples import TrainingSamples, answer_labels, media_in_forward
 
 from .helpers import perturb
@@ -101,6 +102,27 @@ def test_media_are_made_when_the_batch_reaches_the_model(model, examples):
     wrapped(**collator(features))  # one of three has none
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("trains", ["fine", "fine-and-projector", "all-but-tower"])
+def test_a_batch_without_media_is_a_step_whatever_trains(model, examples, trains):
+    wrapped, adapter = model
+    train_only(wrapped, trains)
+    text = FlexCollator(adapter)([TrainingSamples(examples, adapter)[3]])
+    with torch.no_grad():
+        expected = wrapped(**text).loss
+    assert wrapped(**text).loss.requires_grad == (trains == "all-but-tower")
+    hooks = media_in_forward(wrapped, adapter)
+    loss = wrapped(**text).loss
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    assert float(loss.detach()) == float(expected)
+    trained = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
+    if trains != "all-but-tower":  # there, what media alone reach has none
+        assert all(grad is not None and not grad.any() for grad in trained.values())
+    wrapped.zero_grad(set_to_none=True)
+    wrapped.requires_grad_(True)
 
 
 def test_a_picture_that_does_not_decode_gives_way_to_the_next(model, examples, tmp_path):
