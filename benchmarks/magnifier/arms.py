@@ -18,6 +18,7 @@ from flexcore.plugins import register_selector
 from flexcore.selection import RandomSelector, Selector
 
 from .image_task import IMAGE
+from .model import LAYERS
 from .questions import IMAGE_AT, Questions
 from .task import Task
 
@@ -75,9 +76,11 @@ class Arm:
     explore: bool = False
 
 
-def _flex(**changes: Any) -> FlexConfig:
+def _flex(first_layer: int = 1, **changes: Any) -> FlexConfig:
     settings = {
-        **{"first_layer": 1, "selector": "top_k", "top_k": IMAGE.top_k, "region_size": IMAGE.region_size},
+        **{"selector": "top_k", "top_k": IMAGE.top_k, "region_size": IMAGE.region_size},
+        # the last layer has nothing left to look for: the answer is known by then, and its selection wanders
+        **{"first_layer": first_layer, "layers": tuple(range(first_layer + 1, LAYERS - 1))},
         # the projector's features are several times as large as what a layer's K/V projections are used to
         "fine_norm": True,
         **changes,
@@ -104,6 +107,7 @@ ABLATIONS: dict[str, Arm] = {
     "positions-fractional": Arm(_flex(positions="fractional", **OURS), explore=True),
     "readout-text": Arm(_flex(readout="text", **OURS), explore=True),
     "raw-features": Arm(_flex(fine_norm=False, **OURS), explore=True),
+    "last-layer-reads": Arm(_flex(layers=tuple(range(2, LAYERS)), **OURS), explore=True),
     "start-layer-0": Arm(_flex(first_layer=0, **OURS), explore=True),
     "start-layer-2": Arm(_flex(first_layer=2, **OURS), explore=True),
     "start-layer-3": Arm(_flex(first_layer=3, **OURS), explore=True),

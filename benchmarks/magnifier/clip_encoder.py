@@ -20,7 +20,7 @@ WIDTH = 128
 
 def frame_config() -> ConvTowerConfig:
     """One feature per 8x8 pixels of a frame of 16."""
-    return ConvTowerConfig(image_size=SIDE, widths=(24, 48, 96, WIDTH))
+    return ConvTowerConfig(image_size=SIDE, widths=(24, 64, WIDTH))
 
 
 class FrameReader(nn.Module):

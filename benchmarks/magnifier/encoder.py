@@ -26,7 +26,7 @@ _FRAME_PIXELS, _DIGIT_SHARE = 10, 0.25
 
 def vision_config() -> ConvTowerConfig:
     """One feature per 8x8 pixels of a picture of 64."""
-    return ConvTowerConfig(image_size=SIDE, widths=(24, 48, 96, WIDTH))
+    return ConvTowerConfig(image_size=SIDE, patch_size=PATCH, widths=(24, 64, WIDTH))
 
 
 class Reader(nn.Module):
@@ -132,7 +132,7 @@ def train_encoder(folder: Path, steps: int, seed: int = 0) -> Reader:
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         ease = max(0.0, 1 - step / (steps / 4))
-        return loss_of(model, views(generator(seed, 2, step), "train", 5, 8, ease))
+        return loss_of(model, views(generator(seed, 2, step), "train", 4, 6, ease))
 
     train(folder, model, loss, steps=steps, learning_rate=2e-3, report=validate, report_every=100)
     return model

@@ -20,7 +20,8 @@ class ImageTask(Task):
     wording = WORDING
     grid = pictures.GRID
     region_size, top_k = pictures.REGION, 8  # of 81 regions: 9.9 %
-    encoder_steps, base_steps, base_media, steps = 2500, 2500, 8000, 600
+    encoder_steps, base_steps, base_media, steps = 2000, 2500, 8000, 600
+    finding_steps: ClassVar = 600
     splits: ClassVar = {"train": (6000, 100), "val": (200, 101)}
 
     def folder(self, root: Path) -> Path:
@@ -33,9 +34,14 @@ class ImageTask(Task):
         return encoder.train_encoder(folder, steps)
 
     def readable(self, tower: nn.Module, split: str, n: int, seed: int) -> Readable:
-        from .base import ReadablePictures
+        from .base import readable_pictures
 
-        return ReadablePictures(tower, split, n, seed)
+        return readable_pictures(tower, split, n, seed)
+
+    def small(self, folder: Path, llava: Any, split: str) -> Readable:
+        n, seed = self.splits[split]
+        some = pictures.cached(folder / f"pictures-{split}", llava, processor(), split, n, seed)
+        return pictures.found(some)
 
     def cached(self, folder: Path, llava: Any, split: str, n: int, seed: int) -> Media:
         return pictures.cached(folder, llava, processor(), split, n, seed)

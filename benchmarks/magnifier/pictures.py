@@ -6,8 +6,7 @@ arm. The views are the image adapter's own.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,13 @@ from flexcore_adapters.tiling import paste_tiles
 from .encoder import CELLS, PATCH
 from .loop import generator
 from .questions import KINDS
-from .scenes import COLOURS, DIGIT, Scene, canvas
+from .scenes import CANVAS, COLOURS, DIGIT, Scene, canvas
+from .task import PLACES, Close, Encoded, kept
 
 ZOOM, REGION = 3, 3
 COARSE, FINE = CELLS**2, (ZOOM * CELLS) ** 2
 # What the image adapter lays out: blocks of three fine tokens that restart at every tile of eight.
 GRID = flexcore.Grid.blocks((CELLS,) * 2, (ZOOM * CELLS,) * 2, REGION, tile=CELLS)
-
-
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """Encoded canvases and the answers to all questions about them.
-
-    Args:
-        features: `[n, 64 + 576, C]` float16, before the projector, coarse view first, both in raster order.
-        digits: `[n, 2, 6]` answers by kind of question and colour named, -1 where there is none.
-        boxes: `[n, 2, 6, 2]` top and left of the digit that is the answer, in canvas pixels.
-    """
-
-    features: np.ndarray
-    digits: np.ndarray
-    boxes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def look_up(self, which: np.ndarray) -> Tensor:
-        """`[B, 640, C]` float32 features of some pictures."""
-        return torch.from_numpy(np.asarray(self.features[which], np.float32))
 
 
 def touched(boxes: Tensor, side: int = DIGIT) -> Tensor:
@@ -87,7 +65,7 @@ def targets(scenes: list[Scene]) -> np.ndarray:
 
 
 def answers(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    """`digits` and `boxes` of `Pictures`."""
+    """`digits` `[n, 2, 6]` by kind of question and colour named, -1 for none, and `boxes`, in canvas pixels."""
     digits = np.full((len(scenes), len(KINDS), len(COLOURS)), -1)
     boxes = np.zeros((*digits.shape, 2), np.int64)
     for i, scene in enumerate(scenes):
@@ -100,50 +78,46 @@ def answers(scenes: list[Scene]) -> tuple[np.ndarray, np.ndarray]:
     return digits, boxes
 
 
-def make(model: Any, processor: Any, split: str, n: int, seed: int, progress: bool | None = None) -> Pictures:
-    """Draw and encode canvases, in memory.
+def found(pictures: Encoded) -> Close:
+    """Where everything is in encoded canvases, for what the coarse view alone shows."""
+    boxes = pictures.boxes
+    same = (boxes[:, :, :, None] == boxes[:, :1, None]).all(
+        -1
+    )  # each answer's box among those of the six frames
+    aims = np.where(pictures.digits >= 0, same.argmax(-1), -1)
+    columns = (boxes[:, :1, :, 1] + DIGIT // 2) * PLACES // CANVAS
+    coarse = torch.from_numpy(np.asarray(pictures.features[:, :COARSE], np.float32))
+    return Close(coarse, pictures.digits, aims, columns.repeat(len(KINDS), axis=1))
+
+
+def drawn(
+    model: Any, processor: Any, split: str, seed: int, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features, digits and boxes of some canvases, as `Encoded` takes them.
 
     Args:
         model: A LLaVA whose tower encodes.
         processor: Its processor.
         split: Whose digits and photographs.
-        n: How many canvases.
-        seed: Which ones; another seed draws others.
-        progress: Show a bar; None shows one on a terminal.
+        seed: Which canvases; another seed draws others.
+        start: The first.
+        stop: The one after the last.
     """
-    features, digits, boxes = [], [], []
+    scenes = [canvas(generator(seed, 5, i), split) for i in range(start, stop)]
+    return encode(model, processor, scenes), *answers(scenes)
+
+
+def make(model: Any, processor: Any, split: str, n: int, seed: int, progress: bool | None = None) -> Encoded:
+    """Draw and encode the first `n` canvases in memory; see `drawn`. A bar is shown on a terminal, if not told."""
     hidden = None if progress is None else not progress
-    for start in tqdm(range(0, n, 10), desc=f"pictures {split}", disable=hidden):
-        scenes = [canvas(generator(seed, 5, i), split) for i in range(start, min(start + 10, n))]
-        features.append(encode(model, processor, scenes))
-        for found, more in zip((digits, boxes), answers(scenes), strict=True):
-            found.append(more)
-    return Pictures(np.concatenate(features), np.concatenate(digits), np.concatenate(boxes))
+    starts = tqdm(range(0, n, 10), desc=f"pictures {split}", disable=hidden)
+    parts = [drawn(model, processor, split, seed, start, min(start + 10, n)) for start in starts]
+    return Encoded(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
-def cached(folder: Path, model: Any, processor: Any, split: str, n: int, seed: int) -> Pictures:
+def cached(folder: Path, model: Any, processor: Any, split: str, n: int, seed: int) -> Encoded:
     """The same from disk, written there a part at a time if it isn't there yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ready = folder / "pictures.json"
-    if not ready.exists():
-        shape = (n, COARSE + FINE, model.config.vision_config.hidden_size)
-        whole = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float16, shape)
-        digits, boxes = [], []
-        for start in tqdm(range(0, n, 10), desc=f"pictures {split}", disable=None):
-            scenes = [canvas(generator(seed, 5, i), split) for i in range(start, min(start + 10, n))]
-            whole[start : start + len(scenes)] = encode(model, processor, scenes)
-            for found, more in zip((digits, boxes), answers(scenes), strict=True):
-                found.append(more)
-        whole.flush()
-        np.save(folder / "digits.npy", np.concatenate(digits))
-        np.save(folder / "boxes.npy", np.concatenate(boxes))
-        ready.write_text(json.dumps({"split": split, "n": n, "seed": seed}))
-    elif (found := json.loads(ready.read_text())) != {"split": split, "n": n, "seed": seed}:
-        raise ValueError(
-            f"{folder} holds pictures of {found}, asked for are split={split}, n={n}, seed={seed}"
-        )
-    return Pictures(
-        np.load(folder / "features.npy", mmap_mode="r"),
-        np.load(folder / "digits.npy"),
-        np.load(folder / "boxes.npy"),
+    shape = (n, COARSE + FINE, model.config.vision_config.hidden_size)
+    return kept(
+        folder, {"split": split, "n": n, "seed": seed}, shape, partial(drawn, model, processor, split, seed)
     )

@@ -145,20 +145,36 @@ def photographs(split: str) -> tuple[Image.Image, ...]:
     return tuple(found)
 
 
-def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
+def cut(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
     """`[side, side, 3]` float32 in `[0, 1]`, cut from a photograph; training ones vary in colour and orientation."""
     photos = photographs(split)
     photo = photos[rng.integers(len(photos))]
     extent = min(side * rng.uniform(0.7, 2.0), *photo.size)
     x, y = rng.uniform(0, photo.width - extent), rng.uniform(0, photo.height - extent)
-    cut = photo.resize((side, side), Image.Resampling.BILINEAR, box=(x, y, x + extent, y + extent))
-    out = np.asarray(cut, np.float32) / 255
+    piece = photo.resize((side, side), Image.Resampling.BILINEAR, box=(x, y, x + extent, y + extent))
+    out = np.asarray(piece, np.float32) / 255
     if split == "train":
         out = out[:: rng.choice((-1, 1)), :: rng.choice((-1, 1)), rng.permutation(3)]
         if rng.random() < 0.5:
             out = out.transpose(1, 0, 2)
         out = np.clip((out - 0.5) * rng.uniform(0.6, 1.3, 3) + 0.5 + rng.normal(0, 0.08, 3), 0, 1)
     return np.array(out, np.float32)
+
+
+def background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
+    """`[side, side, 3]` float32 in `[0, 1]`, cut from a photograph.
+
+    Every other training one is pieced together from several: ten photographs have few sharp edges between one colour
+    and another, and a picture of anything else is full of them.
+    """
+    out = cut(rng, split, side)
+    if split == "train" and rng.random() < 0.5:
+        for _ in range(rng.integers(1, 5)):
+            piece = int(side * rng.uniform(0.2, 0.6))
+            y, x = rng.integers(0, side - piece + 1, 2)
+            height = int(piece * rng.uniform(0.3, 1))
+            out[y : y + height, x : x + piece] = cut(rng, split, piece)[:height]
+    return out
 
 
 def places(rng: np.random.Generator, n: int, side: int, frame: int, apart: int, columns: int) -> np.ndarray:
@@ -170,7 +186,7 @@ def places(rng: np.random.Generator, n: int, side: int, frame: int, apart: int, 
         side: Of the picture.
         frame: Side of a frame.
         apart: Least distance of two frames' tops or lefts, whichever is larger.
-        columns: Least distance of two frames' lefts, so that "left of" can be told.
+        columns: Least distance of two frames' lefts, so that "left of" can be told from coarse tokens.
     """
     while True:
         out: list[tuple[int, int]] = []
@@ -230,7 +246,7 @@ def canvas(rng: np.random.Generator, split: str, ground: str | None = None) -> S
         split: Whose digits and photographs.
         ground: Whose photographs, instead.
     """
-    at = places(rng, FRAMES, CANVAS, 2 * DIGIT, apart=2 * DIGIT + 4, columns=DIGIT)
+    at = places(rng, FRAMES, CANVAS, 2 * DIGIT, apart=2 * DIGIT + 4, columns=2 * DIGIT)
     return draw(rng, split, background(rng, ground or split, CANVAS), at, rng.permutation(len(NAMES)))
 
 
@@ -238,7 +254,7 @@ def readable(rng: np.random.Generator, split: str, side: int = 64) -> Scene:
     """What the coarse-only base learns on: the same with frames so large that the coarse view can be read."""
     digit = int(rng.choice((6, 6, 7)))
     frame = digit + 2 * (digit // 2)
-    at = places(rng, FRAMES, side, frame, apart=frame, columns=2)
+    at = places(rng, FRAMES, side, frame, apart=frame, columns=4)
     return draw(rng, split, background(rng, split, side), at, rng.permutation(len(NAMES)), digit)
 
 
@@ -272,7 +288,7 @@ def placed(rng: np.random.Generator, photo: Image.Image, split: str) -> Scene:
         photo.convert("RGB").resize([round(v / scale) for v in photo.size], Image.Resampling.BILINEAR)
     )
     height, width = small.shape[:2]
-    at = places(rng, FRAMES, CANVAS, 2 * DIGIT, apart=2 * DIGIT + 4, columns=DIGIT)
+    at = places(rng, FRAMES, CANVAS, 2 * DIGIT, apart=2 * DIGIT + 4, columns=2 * DIGIT)
     at = np.floor(at * np.array([height - 2 * DIGIT, width - 2 * DIGIT]) / (CANVAS - 2 * DIGIT)).astype(int)
     while any(np.abs(a - b).max() < 2 * DIGIT + 2 for i, a in enumerate(at) for b in at[:i]):
         at = rng.integers(0, [height - 2 * DIGIT + 1, width - 2 * DIGIT + 1], (FRAMES, 2))

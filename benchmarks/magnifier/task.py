@@ -83,6 +83,9 @@ class Encoded:
         return torch.from_numpy(np.asarray(self.features[which], np.float32))
 
 
+PLACES = 16  # how finely the base is taught where things are, along one axis
+
+
 class Readable(Protocol):
     """What the base learns on: media that the coarse view can read, encoded."""
 
@@ -98,6 +101,10 @@ class Readable(Protocol):
     def aims(self) -> np.ndarray:
         """`[n, kinds, names]` index of the name of what each question is about."""
 
+    @property
+    def places(self) -> np.ndarray | None:
+        """`[n, kinds, names]` where what each question names is, among `PLACES`; None if no question needs it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Close:
@@ -106,6 +113,7 @@ class Close:
     features: Tensor
     digits: np.ndarray
     aims: np.ndarray
+    places: np.ndarray | None = None
 
 
 class Task(ABC):
@@ -125,6 +133,7 @@ class Task(ABC):
     base_steps: int
     base_media: int
     steps: int
+    finding_steps: ClassVar[int] = 0
     splits: ClassVar[Mapping[str, tuple[int, int]]]
 
     @property
@@ -157,6 +166,16 @@ class Task(ABC):
     @abstractmethod
     def readable(self, tower: nn.Module, split: str, n: int, seed: int) -> Readable:
         """Draw and encode what the base learns on."""
+
+    def small(self, folder: Path, llava: Any, split: str) -> Readable:
+        """The task's own media as the coarse view has them, for `finding_steps` more steps of the base.
+
+        Args:
+            folder: Of the task's outputs.
+            llava: Holds the frozen encoder.
+            split: Whose.
+        """
+        raise NotImplementedError(f"{self.name}: the base learns on readable media alone")
 
     @abstractmethod
     def cached(self, folder: Path, llava: Any, split: str, n: int, seed: int) -> Media:

@@ -39,7 +39,7 @@ from .tasks import TASKS
 
 FOLDER = Path("outputs/magnifier")
 CEILING_STEPS = 3000
-STEPS, BATCH, LEARNING_RATE = IMAGE.steps, 8, 2e-3
+STEPS, BATCH, LEARNING_RATE = IMAGE.steps, 8, 5e-4
 SEEDS = (0, 1, 2)
 # what says most comes first
 ORDER = ("flex", "dense", "coarse", "all", "random", "threshold", "oracle")

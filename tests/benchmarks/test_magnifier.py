@@ -16,14 +16,15 @@ pytest.importorskip("skimage")
 
 from benchmarks.magnifier import results, scenes, train
 from benchmarks.magnifier.arms import ARMS, EVERY, Inputs, build, dense_positions
-from benchmarks.magnifier.base import Base
+from benchmarks.magnifier.base import Base, columns
 from benchmarks.magnifier.encoder import Reader, labels, loss_of, views
 from benchmarks.magnifier.evaluate import evaluate
 from benchmarks.magnifier.loop import generator
 from benchmarks.magnifier.loop import train as run_loop
 from benchmarks.magnifier.model import assemble, processor, prompt
-from benchmarks.magnifier.pictures import GRID, answers, make, touched
+from benchmarks.magnifier.pictures import GRID, answers, found, make, targets, touched
 from benchmarks.magnifier.questions import KINDS
+from benchmarks.magnifier.task import Encoded
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,19 @@ def test_splits_share_no_digit_and_no_photograph():
     names = [name for photos in scenes.PHOTOS.values() for name in photos]
     assert len(names) == len(set(names)) and set(scenes.PHOTOS) == set(scenes.SPLITS)
     assert {len(scenes.photographs(s)) for s in ("val", "test")} == {2, 3}
+
+
+def test_where_things_are_is_found_in_encoded_canvases():
+    drawn = [scenes.canvas(generator(3, 5, i), "val") for i in range(20)]
+    digits, boxes = answers(drawn)
+    small = found(Encoded(np.zeros((20, 640, 128), np.float16), digits, boxes))
+    assert (small.aims == targets(drawn)).all() and small.features.shape == (20, 64, 128)
+    wanted = np.stack([columns(scene, scenes.CANVAS) for scene in drawn])
+    assert all((small.places[:, kind] == wanted).all() for kind in range(len(KINDS)))
+    # by hand: the middle of the frame, in sixteenths of the canvas
+    first = drawn[0]
+    for colour, left in zip(first.colours, first.boxes[:, 1], strict=True):
+        assert wanted[0, colour] == (left + 3) // 12
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
