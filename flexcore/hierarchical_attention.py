@@ -76,11 +76,10 @@ def merge(
 
     A row whose fine part is empty (`fine_lse` = -inf) comes out bit-identical to `plain`.
     """
-    # finite floors, as -inf less -inf would put NaN into gradients; a row that sees nothing at all keeps `plain`, so
-    # its own floor is the higher one
+    # a finite floor, as -inf less -inf is NaN: with it a row that sees nothing at all keeps `plain`
     floor = torch.finfo(fine_lse.dtype).min
     # exp(fine_lse) / (exp(plain_lse) + exp(fine_lse)); where it is 0, lerp gives `plain` itself
-    share = torch.sigmoid(fine_lse.clamp(min=floor) - plain_lse.clamp(min=floor / 2))[..., None]
+    share = torch.sigmoid(fine_lse - plain_lse.clamp(min=floor))[..., None]
     return torch.lerp(plain, fine, share * alpha if isinstance(alpha, Tensor) or alpha != 1.0 else share)
 
 

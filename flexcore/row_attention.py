@@ -81,8 +81,11 @@ def _logits(
     """Masked logits `[B, Hq, c, N]` of one chunk, and tanh's value where there is a softcap."""
     batch, heads, _, width = q.shape
     groups = heads // k.shape[1]
-    rows = q[:, :, start:stop].to(k.dtype).reshape(batch, k.shape[1], groups * (stop - start), width)
-    s = torch.matmul(rows, k.transpose(2, 3)).mul_(scaling).view(batch, heads, stop - start, k.shape[2])
+    rows = q if stop - start == q.shape[2] else q[:, :, start:stop]
+    rows = rows.to(k.dtype).reshape(batch * k.shape[1], groups * (stop - start), width)
+    # one operation that scales as it multiplies: `torch.matmul` on four axes makes six, and the scaling one more
+    s = torch.baddbmm(rows.new_empty(()), rows, k.flatten(0, 1).transpose(1, 2), beta=0, alpha=scaling)
+    s = s.view(batch, heads, stop - start, k.shape[2])
     squashed = None
     if softcap is not None:
         squashed = torch.tanh(s / softcap)
@@ -108,6 +111,7 @@ def _forward(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     if v is None and (q.is_cuda or kernels.INTERPRETED) and kernels.reads_out(q, k, mask):
         from .kernels.readout import readout
@@ -115,19 +119,31 @@ def _forward(
         return None, *readout(q, k, mask, cells, scaling=scaling, softcap=softcap, sinks=sinks)
     batch, heads = q.shape[:2]
     groups = heads // k.shape[1]
-    if v is not None and cells is None and mask is None and softcap is None and _fits_flash(q, k, v):
-        rows = q.reshape(batch, k.shape[1], groups * q.shape[2], q.shape[3])
+    # for a log-sum-exp alone the keys stand for the values: they are in the cache, and it is one operation of nine
+    values = k if v is None else v
+    if known is not None and cells is None and v is None:
+        return None, known, None
+    if cells is None and mask is None and softcap is None and _fits_flash(q, k, values):
         assert _FLASH is not None
-        out, lse = _FLASH(rows, k, v, scale=scaling)
-        return out.reshape(batch, heads, q.shape[2], -1), lse.reshape(batch, heads, q.shape[2]), None
+        if groups == 1:
+            out, lse = _FLASH(q, k, values, scale=scaling)
+            return None if v is None else out, lse, None
+        rows = q.reshape(batch, k.shape[1], groups * q.shape[2], q.shape[3])
+        out, lse = _FLASH(rows, k, values, scale=scaling)
+        lse = lse.reshape(batch, heads, q.shape[2])
+        return None if v is None else out.reshape(batch, heads, q.shape[2], -1), lse, None
     exact = torch.promote_types(q.dtype, torch.float32)
     k = k.to(exact)
     outs, lses, scores = [], [], []
     for start, stop in _chunks(q, k.shape[2]):
         s, _ = _logits(q, k, mask, start, stop, scaling, softcap)
         # one fused softmax instead of a log-sum-exp and an exponential: where it peaks it is 1 / sum(exp(s - max))
-        top, p = _largest(s), torch.softmax(s, dim=-1)
-        lse = top - _largest(p).log_()
+        p = torch.softmax(s, dim=-1)
+        if known is None:
+            top = _largest(s)
+            lse = top - _largest(p).log_()
+        else:
+            top = lse = known if stop - start == q.shape[2] else known[:, :, start:stop]
         if mask is not None or not s.shape[3]:  # a row that sees nothing
             nothing = top == float("-inf")
             lse, p = lse.masked_fill_(nothing, float("-inf")), p.masked_fill_(nothing[..., None], 0.0)
@@ -136,7 +152,8 @@ def _forward(
             seen = p
             if sinks is not None:
                 seen = p * (lse - torch.logaddexp(lse, sinks.to(exact)[None, :, None])).exp_()[..., None]
-            index = cells[:, None].expand(batch, stop - start, -1)
+            index = cells[:, None]
+            index = index if stop - start == 1 else index.expand(batch, stop - start, -1)
             scores.append(seen.sum(dim=1).gather(2, index))
         if v is not None:
             p = p.view(batch, k.shape[1], groups * (stop - start), k.shape[2])
@@ -154,6 +171,11 @@ def _forward(
 
 # What torch's own attention runs on a CPU: one operation, and it hands out the log-sum-exp. It has no public name.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+
+
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    """The operation that torch's own attention runs on a CPU, if it takes these tensors; else None."""
+    return _FLASH if _fits_flash(q, k, v) else None
 
 
 def _fits_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -253,6 +275,7 @@ def row_attention(
     softcap: float | None = None,
     cells: Tensor | None = None,
     sinks: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Attend a few rows to many keys, in float32 whatever the inputs' dtype.
 
@@ -266,6 +289,8 @@ def row_attention(
         cells: `[B, M]` key indices whose probabilities are wanted, summed over heads.
         sinks: `[Hq]` attention sinks, counted in the probabilities at `cells` only; add them to the log-sum-exp
             with `with_sinks`.
+        known: `[B, Hq, R]` float32, the log-sum-exp, where the rows see all keys and something else worked it out. It
+            is handed back.
 
     Returns:
         Output `[B, Hq, R, Dv]` or None (zero for a row that sees nothing), log-sum-exp `[B, Hq, R]` (-inf for such
@@ -274,7 +299,7 @@ def row_attention(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value)):
         return _RowAttention.apply(query, key, value, mask, cells, scaling, softcap, sinks)
     with torch.autocast(query.device.type, enabled=False):
-        return _forward(query, key, value, mask, cells, scaling, softcap, sinks)
+        return _forward(query, key, value, mask, cells, scaling, softcap, sinks, known)
 
 
 def with_sinks(lse: Tensor, sinks: Tensor | None) -> Tensor:

@@ -57,11 +57,13 @@ class Selector(ABC):
         """
         if scores.ndim != 2 or scores.shape[1] != grid.n_coarse:
             raise ValueError(f"scores must be [R, n_coarse={grid.n_coarse}], got {list(scores.shape)}")
-        scores = scores.detach().float()
+        # every operation costs a decode step more than its arithmetic, so those that would change nothing are left out
+        scores = (scores.detach() if scores.requires_grad else scores).float()
         attends = scores.amax(dim=1, keepdim=True) > 0
         scores = self.margins(scores, grid)
         selectable = selectable.to(scores.device)
-        return self.choose(scores, grid, selectable, keys) & attends & selectable
+        chosen = self.choose(scores, grid, selectable, keys) & attends
+        return chosen if selectable is grid.everything else chosen & selectable
 
     @staticmethod
     def margins(scores: Tensor, grid: Grid) -> Tensor:
@@ -97,7 +99,7 @@ def _count(k: int | None, fraction: float, grid: Grid) -> int:
 
 def _first_k(order: Tensor, k: int) -> Tensor:
     """`[R, n]` bool marking the first k entries of each row's ranking."""
-    return torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :k], True)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :k], True)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class TopKSelector(Selector):
         return cls(k=config.top_k, fraction=config.fraction)
 
     def choose(self, scores: Tensor, grid: Grid, selectable: Tensor, keys: Tensor) -> Tensor:
-        ranked = grid.pool(scores).masked_fill(~selectable, -1.0)
+        ranked = grid.pool(scores)
+        if selectable is not grid.everything:
+            ranked = ranked.masked_fill(~selectable, -1.0)
         order = ranked.sort(dim=1, descending=True, stable=True).indices
         return _first_k(order, _count(self.k, self.fraction, grid))
 

@@ -81,6 +81,8 @@ class TensorSource(FineSource):
 
     def features(self, regions: Tensor) -> Tensor:
         tokens = self.grid.tokens(regions).to(self.tensor.device)
+        if self.grid.even:
+            return self.tensor.index_select(0, tokens.flatten()).view(*tokens.shape, self.width)
         out = self.tensor[tokens.clamp(min=0)]
         return out.masked_fill((tokens < 0)[..., None], 0)
 

@@ -130,8 +130,9 @@ class FineStream:
     def selectable(self) -> Tensor:
         """`[n_regions]` bool: regions with at least one token that may be read (all of the official lattice's)."""
         if self.grid.lattice is not None:
-            return torch.ones(self.grid.n_regions, dtype=torch.bool)
-        return self.region_valid.any(dim=1)
+            return self.grid.everything
+        found = self.region_valid.any(dim=1)
+        return self.grid.everything if bool(found.all()) else found
 
 
 @dataclass(frozen=True, eq=False)

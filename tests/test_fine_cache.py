@@ -192,7 +192,7 @@ def test_pages_of_another_shape_get_the_budget_of_those_cleared() -> None:
 
 
 def storages(cache: FineCache) -> list[int]:
-    return [t.data_ptr() for pool in cache._pools.values() for t in pool.tensors]
+    return [t.data_ptr() for pool in cache._pools.values() for block in pool.blocks for t in block]
 
 
 def test_a_deep_copy_shares_pages_until_written() -> None:
@@ -404,12 +404,13 @@ def test_joined_pages_are_the_pages_in_attention_order():
     pages = cache.get(0, 0, regions, 6, project)
     for hold in (True, False):
         key, value = cache.joined(0, 0, regions, 6, project, hold=hold)
-        assert key.shape == (2, 6, 4) and value.shape == (2, 6, 5)
-        assert torch.equal(key[1, 3:], pages[0][1, :, 1]) and torch.equal(value[0, :3], pages[1][0, :, 0])
+        assert key.shape == (1, 2, 6, 4) and value.shape == (1, 2, 6, 5)
+        assert torch.equal(key[0, 1, 3:], pages[0][1, :, 1])
+        assert torch.equal(value[0, 0, :3], pages[1][0, :, 0])
     again = cache.joined(0, 0, regions, 6, project)
     assert again[0] is key  # held by the first of them
     other = cache.joined(0, 0, torch.tensor([1]), 6, project)
-    assert torch.equal(other[0], key[:, 3:]) and calls == [[4, 1]]
+    assert torch.equal(other[0], key[:, :, 3:]) and calls == [[4, 1]]
     cache.clear()
     cache.joined(0, 0, regions, 6, project)
     assert calls == [[4, 1], [4, 1]]
@@ -426,3 +427,57 @@ def test_joined_pages_count_against_the_budget():
         first = cache.joined(0, 0, torch.tensor([0, 1]), 5, project, hold=True)
         second = cache.joined(0, 0, torch.tensor([0, 1]), 5, project, hold=True)
         assert (first[0] is second[0]) == held and cache.bytes <= budget
+
+
+def test_pages_of_a_first_call_are_kept_without_a_copy_if_they_are_nobody_elses() -> None:
+    key, value = torch.rand(2, 3, 2, 4), torch.rand(2, 3, 2, 4)
+    for fresh, kept in (
+        ((key, value), True),
+        ((torch.rand(3, 3, 2, 4)[:2], value), False),  # a part of something larger
+        ((key.transpose(1, 2).contiguous().transpose(1, 2), value), False),
+        ((key, key), False),  # one memory for both
+    ):
+        cache = FineCache()
+        found = cache.joined(0, 0, torch.tensor([4, 1]), 6, lambda regions, fresh=fresh: fresh)
+        (block,) = cache._pools[next(iter(cache._pools))].blocks
+        assert (block[0].data_ptr() == fresh[0].data_ptr()) == kept
+        assert torch.equal(found[0][0, :, :3], fresh[0][0].transpose(0, 1))
+        assert torch.equal(cache.joined(0, 0, torch.tensor([1]), 6, None)[0][0], fresh[0][1].transpose(0, 1))
+    with torch.inference_mode():
+        cache, inferred = FineCache(), (key.clone(), value.clone())
+        cache.get(0, 0, torch.tensor([4, 1]), 6, lambda regions: inferred)
+    assert not any(t.is_inference() for pool in cache._pools.values() for block in pool.blocks for t in block)
+
+
+def test_more_pages_leave_those_held_where_they_are() -> None:
+    cache = FineCache()
+    _, first = ask(cache, [0, 1, 2])
+    before = storages(cache)
+    _, second = ask(cache, [3, 4], layer=10)
+    _, third = ask(cache, [5, 1, 6])
+    assert storages(cache)[: len(before)] == before and len(storages(cache)) > len(before)
+    pages = {**first.pages, **third.pages}
+    assert same(ask(cache, [6, 0, 5, 2])[0], [pages[r] for r in (6, 0, 5, 2)])
+    assert same(ask(cache, [4, 3], layer=10)[0], [second.pages[r] for r in (4, 3)])
+
+
+def test_joined_pages_count_as_used_when_others_go() -> None:
+    cache = FineCache(max_bytes=7 * PAGE_BYTES)
+    made = Project()
+    for regions in ([0, 1], [2, 3], [0, 1]):
+        cache.joined(9, 0, torch.tensor(regions), 20, made, hold=True)
+    for _ in range(2):
+        cache.joined(9, 0, torch.tensor([0, 1]), 20, made, hold=True)
+    ask(cache, [2, 3])
+    cache.joined(9, 0, torch.tensor([0, 1]), 20, made, hold=True)
+    ask(cache, [7, 8, 11])  # 2 and 3 are the older ones, though 0 and 1 were only read joined
+    assert ask(cache, [0, 1])[1].calls == [] and ask(cache, [2, 3])[1].calls != []
+
+
+def test_unkept_pages_are_counted_and_not_held() -> None:
+    cache, project = FineCache(), Project()
+    cache.get_unkept(9, 0, torch.tensor([2, 0]), 20, project)
+    assert cache.bytes == 0 and cache.projected == {(9, 0, 0): 1, (9, 0, 2): 1}
+    _, kept = ask(cache, [2])
+    found = cache.get_unkept(9, 0, torch.tensor([2, 0]), 20, project)
+    assert torch.equal(found[0][0], kept.pages[2][0]) and project.calls == [[2, 0], [0]]

@@ -427,3 +427,10 @@ def test_caches_filled_in_inference_mode_serve_training() -> None:
     loss = loss + (grid.pool(torch.ones(1, 9, requires_grad=True))).sum()
     loss.backward()
     assert torch.equal(features.grad, 2 * features.detach())
+
+
+def test_parents_from_a_table_are_those_worked_out() -> None:
+    for grid in (Grid.blocks((5, 3), (20, 9), region=4), Grid.blocks((7,), (30,), region=4)):
+        tokens = torch.arange(grid.n_fine).flip(0).reshape(2, -1)
+        assert torch.equal(grid.parents(tokens), grid._parents(tokens))
+        assert grid.even == (len(set(grid.region_lengths.tolist())) == 1)

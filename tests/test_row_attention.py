@@ -468,3 +468,16 @@ def test_inputs_are_left_alone() -> None:
     again, _, _ = row_attention(*strided, mask, scaling=0.3)
     assert gap(again, out) < FLOAT32  # type: ignore[arg-type]
     assert all(g.shape == t.shape and g.dtype == t.dtype for g, t in zip(found, given, strict=True))
+
+
+@pytest.mark.skipif(module._FLASH is None, reason="this torch has no such operation")
+@pytest.mark.parametrize("groups, rows", [(1, 1), (1, 5), (3, 1), (3, 4)])
+def test_a_log_sum_exp_alone_is_one_operation(
+    groups: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = torch.randn(2, 2 * groups, rows, 8), torch.randn(2, 2, 33, 8)
+    expected = torch.logsumexp(0.3 * q @ k.repeat_interleave(groups, 1).transpose(2, 3), dim=-1)
+    out, lse, scores = row_attention(q, k, None, None, scaling=0.3)
+    assert out is None and scores is None and gap(lse, expected) < 5 * FLOAT32
+    monkeypatch.setattr(module, "_FLASH", None)
+    assert gap(row_attention(q, k, None, None, scaling=0.3)[1], expected) < 5 * FLOAT32

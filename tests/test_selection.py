@@ -459,3 +459,16 @@ def test_a_plugins_selector_takes_selector_options(kind: type[Nearest]) -> None:
     assert picked == [[1, 2], [0, 1], [], []]
     with pytest.raises(TypeError, match="diameter"):
         make_selector(FlexConfig(selector="nearest", selector_options={"diameter": 1}))
+
+
+@pytest.mark.parametrize("selector", [TopKSelector(k=3), ThresholdSelector(), TopPSelector(0.4)], ids=str)
+def test_nothing_left_out_is_known_without_looking(selector: Selector) -> None:
+    grid = Grid.blocks((6, 5), (12, 10), region=3)
+    scores, keys = torch.rand(4, grid.n_coarse), torch.zeros(4, 2, dtype=torch.long)
+    scores[1] = 0  # a row that attends to nothing
+    found = selector.select(scores, grid, grid.everything, keys)
+    assert torch.equal(found, selector.select(scores, grid, torch.ones_like(grid.everything), keys))
+    assert found.any() and not found[1].any()
+    fewer = grid.everything.clone()
+    fewer[found[0].nonzero()[0, 0]] = False
+    assert not torch.equal(found, selector.select(scores, grid, fewer, keys))

@@ -15,6 +15,7 @@ from ..config import FlexConfig
 from ..errors import StreamError, WrapStateError
 from ..positions import fine_positions, official_tables
 from ..selection import Selector, make_selector
+from ..sources import TensorSource
 from ..streams import StreamBatch
 from ..trace import Trace
 from .fine_projections import FineProjections
@@ -24,6 +25,11 @@ from .projection import FineProjection, shadow_key_value
 from .shared import SharedProjection
 from .site import AttentionSite, Ear, rotary_tables
 from .state import FlexRequest, SampleState
+from .weights_version import WeightsVersion
+
+# Fine tokens that go through a projection at once: enough for a matrix product to be as fast as it gets, few enough
+# for what is made on the way (rotated keys, their halves) to stay in a processor's cache.
+PART_TOKENS = 1024
 
 
 class FlexBinding:
@@ -74,11 +80,13 @@ class FlexBinding:
         self.reads_from = {layer: before[layer] for layer in config.layers}
         self.read_in = {source: layer for layer, source in self.reads_from.items()}
         self.selecting = frozenset(self.read_in)
+        self.busy = self.selecting | frozenset(self.reads_from)
         self.traced = frozenset(eligible)  # a trace also shows what the last layer would pick
         self.positions = config.positions
         if self.positions == "auto":
             axes = any(site.rotary is not None and site.rotary.axes for site in sites.values())
             self.positions = "fractional" if axes else "parent"
+        self._weights = WeightsVersion()
         self._lock = threading.Lock()
         self._running = 0
 
@@ -139,8 +147,7 @@ class FlexBinding:
 
     def weights_version(self) -> tuple[int, ...]:
         """Changes whenever a fine parameter was replaced or written in place (an optimizer step, a load)."""
-        parameters = [*self.fine.parameters(), *(p for s in self.shared.values() for p in s.parameters())]
-        return tuple(v for p in parameters for v in (_address(p), 0 if p.is_inference() else p._version))
+        return self._weights.of([self.fine, *(m for s in self.shared.values() for m in s.modules())])
 
     # ------------------------------------------------------------------ fine keys and values
 
@@ -158,6 +165,36 @@ class FlexBinding:
         Returns:
             `[n, P, Hkv, D]` and `[n, P, Hkv, Dv]`.
         """
+        out: tuple[Tensor, ...] = ()
+        at = 0
+        for part in self.parts(sample, regions):
+            fresh = self._project(request, layer, sample, part)
+            if len(part) == len(regions):
+                return fresh
+            out = out or tuple(t.new_empty(len(regions), *t.shape[1:]) for t in fresh)
+            for whole, pages in zip(out, fresh, strict=True):
+                whole[at : at + len(part)] = pages
+            at += len(part)
+            del fresh, pages  # or they would be there while the next run is made
+        key, value = out
+        return key, value
+
+    def parts(self, sample: SampleState, regions: Tensor) -> tuple[Tensor, ...]:
+        """`[n]` regions in runs that are projected one after another, so that what is made on the way stays small.
+
+        Not under autograd, which would keep all of it. Only ready features come in any portions: an encoder makes
+        them in batches of its own.
+        """
+        size = max(1, PART_TOKENS // max(sample.page, 1))
+        ready = all(isinstance(stream.source, TensorSource) for stream in sample.streams)
+        if len(regions) <= size or torch.is_grad_enabled() or not ready:
+            return (regions,)
+        # runs of one size: a short one at the end would cost nearly as much as a long one
+        return regions.tensor_split(-(-len(regions) // size))
+
+    def _project(
+        self, request: FlexRequest, layer: int, sample: SampleState, regions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         site = self.sites[layer]
         projection: FineProjection | SharedProjection = self.shared.get(layer) or self.fine.at(layer)
         if isinstance(projection, SharedProjection):
@@ -173,29 +210,38 @@ class FlexBinding:
             readable = stream.source.readable(local)
             if not bool(readable.all()):
                 sample.lose(m, local[~readable])
-            # whatever a source leaves in rows that nobody may read must not reach an output: 0 * NaN is NaN
-            valid = stream.region_valid[local]
-            if not bool(valid.all()):
-                part = part.masked_fill(~valid[..., None].to(device), 0)
-            features.append(nn.functional.pad(part, (0, 0, 0, page - part.shape[1])))
+            if sample.ragged:
+                # whatever a source leaves in rows that nobody may read must not reach an output: 0 * NaN is NaN
+                valid = stream.region_valid[local]
+                if not bool(valid.all()):
+                    part = part.masked_fill(~valid[..., None].to(device), 0)
             tokens = stream.grid.tokens(local)
-            tokens = nn.functional.pad(tokens, (0, page - tokens.shape[1]), value=-1).clamp(min=0)
+            if page > part.shape[1]:
+                part = nn.functional.pad(part, (0, 0, 0, page - part.shape[1]))
+                tokens = nn.functional.pad(tokens, (0, page - tokens.shape[1]), value=-1)
+            features.append(part)
+            tokens = tokens if stream.grid.even else tokens.clamp(min=0)
             if self.positions == "official":
                 tables.append(self._official(request, site, features[-1], stream.grid, tokens))
             elif not self.crosses and (site.rotary is not None or "position_ids" in site.call):
                 positions.append(self._positions(sample, m, tokens))
             order.append(where)
-        back = torch.cat(order).argsort()
-        flat = torch.cat(features)[back.to(device)].flatten(0, 1)[None]
+        back = None if len(order) == 1 else torch.cat(order).argsort()
+
+        def in_order(parts: list[Tensor], dim: int = 0) -> Tensor:
+            if back is None:  # of one medium: as asked for
+                return parts[0]
+            whole = torch.cat(parts, dim=dim)
+            return whole.index_select(dim, back.to(whole.device))
+
+        flat = in_order(features).flatten(0, 1)[None]
         if self.config.fine_norm and site.norm is not None:
             flat = site.norm(flat)
         at, blended = None, None
         if tables:
-            blended = tuple(
-                torch.cat(t)[back].flatten(0, 1)[None].to(flat) for t in zip(*tables, strict=True)
-            )
+            blended = tuple(in_order(list(t)).flatten(0, 1)[None].to(flat) for t in zip(*tables, strict=True))
         elif positions:
-            at = torch.cat(positions, dim=-2)[..., back, :].flatten(-2)[..., None, :].to(flat.device)
+            at = in_order(positions, -2).flatten(-2)[..., None, :].to(flat.device)
         replaced = projection.modules_by_name()
         stub = self.stubs.get(layer)
         if stub is not None:
@@ -236,19 +282,14 @@ class FlexBinding:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy shares the meaning of: no traces, nothing running."""
         return {
-            k: v for k, v in self.__dict__.items() if k not in ("traces", "_lock", "_running", "_layer_of")
+            k: v
+            for k, v in self.__dict__.items()
+            if k not in ("traces", "_weights", "_lock", "_running", "_layer_of")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Complete a copied or unpickled binding; in a new process the attention function isn't registered yet."""
         self.__dict__.update(state)
-        self.traces, self._lock, self._running = [], threading.Lock(), 0
+        self.traces, self._weights, self._lock, self._running = [], WeightsVersion(), threading.Lock(), 0
         self._layer_of = {id(site.attention): layer for layer, site in self.sites.items()}
         registered_name(self.base, self.carried)
-
-
-def _address(parameter: Tensor) -> int:
-    try:
-        return parameter.data_ptr()
-    except RuntimeError:  # a tensor subclass (a quantised weight) without storage of its own
-        return id(parameter)

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .context import FlexContext
+from .plain_attention import sdpa_step
 from .static import StaticContext
 
 # `sdpa`, `flash` and `flex_attention` in a name trigger checks meant for the real backends, so bases get aliases
@@ -139,6 +140,12 @@ def _make(base: str, carried: bool) -> Callable[..., tuple[Tensor, Tensor | None
             context = CARRIED.get()
         if type(context) is Capture:
             context.take(key, value)
+        if base == "sdpa" and type(context) is FlexContext and context.wants_lse(module):
+            found = sdpa_step(query, key, value, attention_mask, dropout, scaling, kwargs)
+            if found is not None:
+                out, lse = found
+                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+                return context.attend(module, query, key, None, out, scaling, False, kwargs, lse), None
         owner: Any
         if base == "eager":
             run, owner = _own_eager(module), module

@@ -66,6 +66,8 @@ class RowLayout:
                 (beams.repeat_interleave(len(at)), at.repeat(beams_each), order.repeat(beams_each))
             )
         width = max((len(s.cells) for s in request.samples), default=0)
+        # by sample, medium and device: what selectors may depend on in every layer, for a row at index 0
+        self.keys: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self.cells = torch.zeros(batch, width, dtype=torch.long)
         for i, sample in enumerate(request.samples):
             self.cells[i * beams_each : (i + 1) * beams_each, : len(sample.cells)] = sample.cells

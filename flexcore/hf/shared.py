@@ -23,8 +23,13 @@ class SharedProjection:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The layer's own K/V parameters, looked up at call time so that later LoRA layers count."""
+        for module in self.modules():
+            yield from module.parameters()
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those that hold them."""
         for name in self.names:
-            yield from self.site.attention.get_submodule(name).parameters()
+            yield self.site.attention.get_submodule(name)
 
     def modules_by_name(self) -> dict[str, nn.Module]:
         """Nothing to replace: the shadow runs the layer's own modules."""

@@ -14,6 +14,7 @@ from ..errors import StreamError
 from ..fine_cache import FineCache
 from ..grid import Grid
 from ..streams import FineStream, StreamBatch
+from ..tiled_source import warm
 
 if TYPE_CHECKING:
     from .static import StaticFine
@@ -95,6 +96,8 @@ class SampleState:
 
     def by_medium(self, regions: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         """Split region indices into (medium, where in `regions`, indices within the medium)."""
+        if len(self.streams) == 1:
+            return [(0, torch.arange(len(regions)), regions)] if len(regions) else []
         out = []
         for m, (start, stop) in enumerate(pairwise(self.region_at)):
             where = ((regions >= start) & (regions < stop)).nonzero()[:, 0]
@@ -121,6 +124,8 @@ class FlexRequest:
             None  # [samples, T] bool readout mask of the prompt so far; beyond it: True
         )
         self.layouts: dict[int, Any] = {}  # where a decode step's readout rows are, by batch size
+        # by selecting layer and sample: what the last decode step selected, and what came of it
+        self.picks: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor] | None]] = {}
         self.max_position = 0
         self.tables: dict[Grid, tuple[Tensor, Tensor]] = {}  # official rotary tables, by grid
 
@@ -153,6 +158,7 @@ class FlexRequest:
             kept.append(tuple(earlier + joined))
         self.streams = StreamBatch(tuple(kept))
         self.layouts.clear()
+        self.picks.clear()
         for i, (old, sample) in enumerate(zip(self.samples, kept, strict=True)):
             if sample == old.media:
                 continue
@@ -211,6 +217,48 @@ class FlexRequest:
                 mask[i, sample.cells[sample.cells < mask.shape[1]]] = False
         return mask
 
+    def record_positions(self, ids: Tensor, past: int, length: int, beams: int) -> None:
+        """Note the rotary positions of coarse tokens that pass through the model.
+
+        Args:
+            ids: `[..., B|1, T]` positions of the tokens of this forward, on the CPU.
+            past: Tokens before them.
+            length: T.
+            beams: Batch rows per sample.
+        """
+        self.max_position = max(self.max_position, int(ids.max()))
+        for i, sample in enumerate(self.samples):
+            here = (sample.cells >= past) & (sample.cells < past + length)
+            if not bool(here.any()):
+                continue
+            row = min(i * beams, ids.shape[-2] - 1)
+            new = ids[..., row, :][..., sample.cells[here] - past]
+            if sample.rope is None:
+                sample.rope = new.new_zeros(*new.shape[:-1], len(sample.cells))
+            elif bool((sample.rope_known & here).any()) and not torch.equal(sample.rope[..., here], new):
+                self.static = None
+                self.kv.clear(i)  # the same tokens at other positions: their fine keys are stale
+            sample.rope[..., here] = new
+            sample.rope_known |= here
+
+    def check_cells(self, n_keys: int) -> None:
+        """In cross-attention the encoder's output must hold every coarse token; only here its length is known."""
+        for i, sample in enumerate(self.samples):
+            if sample.last_cell >= n_keys:
+                raise StreamError(
+                    f"flex_streams sample {i}: coarse_positions must lie in the encoder's output of {n_keys} states, "
+                    f"got {sample.last_cell}"
+                )
+
+    def warm(self, layer: int, regions: list[Tensor | None], keep: bool) -> None:
+        """Let sources that share an encoder encode what all samples lack in a layer in common micro-batches."""
+        wanted = []
+        for i, (sample, chosen) in enumerate(zip(self.samples, regions, strict=True)):
+            if chosen is not None:
+                missing = self.kv.missing(layer, i, chosen) if keep else chosen
+                wanted += [(sample.streams[m].source, local) for m, _, local in sample.by_medium(missing)]
+        warm(wanted)
+
     def rows(self, past: int, length: int) -> Tensor:
         """`[samples, length]` bool: readout rows among the sequence indices `past .. past + length - 1`."""
         assert self.prefix is not None
@@ -224,7 +272,7 @@ class FlexRequest:
         other = FlexRequest.__new__(FlexRequest)
         memo[id(self)] = other
         other.streams, other.weights, other.prefix = self.streams, self.weights, self.prefix
-        other.explicit, other.layouts = self.explicit, {}
+        other.explicit, other.layouts, other.picks = self.explicit, {}, {}
         other.static = self.static
         other.max_position, other.tables = self.max_position, dict(self.tables)
         other.kv = copy.deepcopy(self.kv, memo)

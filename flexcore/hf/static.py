@@ -31,52 +31,71 @@ class StaticFine:
     """
 
     def __init__(self, context: FlexContext):
-        samples, binding = context.request.samples, context.binding
-        self.streams = [sample.streams for sample in samples]
-        regions, page = max(s.n_regions for s in samples), max(s.page for s in samples)
-        valid = torch.zeros(len(samples), regions, page, dtype=torch.bool)
-        cells = torch.zeros(len(samples), max(len(s.cells) for s in samples), dtype=torch.long)
-        for i, sample in enumerate(samples):
+        self.samples, binding = list(context.request.samples), context.binding
+        self.streams = [sample.streams for sample in self.samples]
+        self.page = max(s.page for s in self.samples)
+        self.regions = max(s.n_regions for s in self.samples)
+        cells = torch.zeros(len(self.samples), max(len(s.cells) for s in self.samples), dtype=torch.long)
+        for i, sample in enumerate(self.samples):
             cells[i, : len(sample.cells)] = sample.cells
-            if sample.streams:
-                valid[i, : sample.n_regions, : sample.page] = sample.valid(torch.arange(sample.n_regions))
-        # by layer: keys [S, Hkv, U, P, D], values, and which tokens are real [S, U, P]
+        # by layer: keys [S, Hkv, U, P, D] and values
+        self._dense: dict[int, tuple[Tensor, Tensor]] = {}
+        # the same with which tokens are real, [S, U, P]; filled when all layers are there
         self.layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for layer in binding.reads_from:
-            keys: list[Tensor | None] = []
-            values: list[Tensor | None] = []
-            for i, sample in enumerate(samples):
-                fine: Any = (None, None)
-                if sample.streams:
-                    fine = context._fine(layer, i, torch.arange(sample.n_regions))
-                    fine = (t.unflatten(1, (sample.n_regions, sample.page)) for t in fine)
-                for held, part in zip((keys, values), fine, strict=True):
-                    held.append(part)
-            key, value = (self._dense(parts, regions, page) for parts in (keys, values))
-            self.layers[layer] = (key, value, valid.to(key.device))
         # by layer that selects: the sequence indices of coarse tokens [S, M]
         self.cells = {
             layer: cells.to(execution_device(binding.sites[layer].attention)) for layer in binding.selecting
         }
 
-    @staticmethod
-    def _dense(parts: list[Tensor | None], regions: int, page: int) -> Tensor:
-        like = next(p for p in parts if p is not None)
-        out = like.new_zeros(len(parts), like.shape[0], regions, page, like.shape[-1])
-        for row, part in zip(out, parts, strict=True):
-            if part is not None:
-                row[:, : part.shape[1], : part.shape[2]] = part
-        return out
+    def dense(self, context: FlexContext, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys `[S, Hkv, U, P, D]` and values of a layer, projected when they are first asked for."""
+        if layer in self._dense:
+            return self._dense[layer]
+        request = context.request
+        held: tuple[Tensor, ...] = ()
+        for i, sample in enumerate(self.samples):
+            at = 0
+            for regions in context.binding.parts(sample, torch.arange(sample.n_regions)):
+                if not len(regions):
+                    continue
+                # each run goes where it stays: copying all of them once more would cost a fifth of projecting them
+                fresh = request.kv.get_unkept(
+                    layer, i, regions, sample.n_regions, context.projection(layer, i)
+                )
+                held = held or tuple(self._room(pages) for pages in fresh)
+                for whole, pages in zip(held, fresh, strict=True):
+                    whole[i, :, at : at + len(regions), : pages.shape[1]] = pages.permute(2, 0, 1, 3)
+                at += len(regions)
+                del fresh, pages  # or they would be there while the next run is made
+        key, value = held
+        self._dense[layer] = key, value
+        return key, value
+
+    def _room(self, pages: Tensor) -> Tensor:
+        shape = len(self.samples), pages.shape[2], self.regions, self.page, pages.shape[3]
+        full = all(s.n_regions == self.regions and s.page == self.page for s in self.samples)
+        return pages.new_empty(shape) if full else pages.new_zeros(shape)
+
+    def finish(self, context: FlexContext) -> None:
+        """Project what isn't yet, and note which tokens may be read."""
+        held = {layer: self.dense(context, layer) for layer in context.binding.reads_from}
+        valid = torch.zeros(len(self.samples), self.regions, self.page, dtype=torch.bool)
+        for i, sample in enumerate(self.samples):
+            if sample.streams:
+                valid[i, : sample.n_regions, : sample.page] = sample.valid(torch.arange(sample.n_regions))
+        self.layers = {layer: (*fine, valid.to(fine[0].device)) for layer, fine in held.items()}
 
     def holds(self, index: int, sample: SampleState) -> bool:
         """Whether what it has for a sample is of the media that the sample has now."""
         return index < len(self.streams) and self.streams[index] is sample.streams
 
-    def pages(self, layer: int, index: int, regions: Tensor, page: int) -> tuple[Tensor, Tensor]:
-        """Keys `[n, page, Hkv, D]` and values of some of a sample's regions."""
-        key, value, _ = self.layers[layer]
-        at = regions.to(key.device)
-        key, value = (t[index, :, at, :page].movedim(0, 2) for t in (key, value))
+    def joined(
+        self, context: FlexContext, layer: int, index: int, regions: Tensor, page: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys `[1, Hkv, n * page, D]` and values of some of a sample's regions."""
+        dense = self.dense(context, layer)
+        at = regions.to(dense[0].device)
+        key, value = (t[index].index_select(1, at)[:, :, :page].flatten(1, 2)[None] for t in dense)
         return key, value
 
 
@@ -219,7 +238,9 @@ def project_all(context: FlexContext) -> None:
     if not request.knows_positions:
         return
     if request.static is None or not all(request.static.holds(i, s) for i, s in enumerate(request.samples)):
-        request.static = StaticFine(context)
+        static = StaticFine(context) if context.static is None else context.static
+        static.finish(context)
+        request.static = static
         request.kv.clear()
 
 

@@ -8,13 +8,12 @@ one head of keys or values for one tile of tokens, as two halves, because the ro
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from .launch import launch
+from .reference import gather_project_rotate_reference as gather_project_rotate_reference
 from .tiles import product
 
 
@@ -164,25 +163,3 @@ def gather_project_rotate(
         **blocks,
     )
     return key, value
-
-
-def gather_project_rotate_reference(
-    features: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    *,
-    key_bias: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    tokens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The readable twin of `gather_project_rotate`; same arguments."""
-    if tokens is not None:
-        features = features[tokens.clamp(min=0)].masked_fill((tokens < 0)[:, None], 0)
-    key = F.linear(features, key_weight, key_bias).unflatten(1, (heads, -1))
-    value = F.linear(features, value_weight, value_bias).unflatten(1, (heads, -1))
-    half = key.shape[2] // 2
-    turned = torch.cat([-key[..., half:], key[..., :half]], dim=-1)
-    return key * cos[:, None] + turned * sin[:, None], value

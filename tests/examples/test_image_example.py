@@ -49,7 +49,7 @@ def test_default(example, read_costs, tmp_path, capsys):
     assert flex >= 9 and coarse <= 5
     for part in out.split("----")[1:]:
         layers = table(part)
-        assert list(layers) == [2, 3, 4, 5] and all(row[0] == 8 for row in layers.values())
+        assert list(layers) == [2, 3, 4] and all(row[0] == 8 for row in layers.values())
         cost = read_costs(part)
         assert cost["coarse only"][0] < cost["flex"][0] < cost["dense high resolution"][0]
         encoded, tiles = map(int, re.search(r"encoded on demand: (\d+) of (\d+) tiles", part).groups())

@@ -301,7 +301,8 @@ def test_pages_of_a_fine_cache() -> None:
     assert torch.equal(case.run(query, *(t[None] for t in pages), plain, lse, **masks), expected)
     table = cache._tables[0, 0]
     slots = table.slot[order].to(DEVICE)[None]
-    assert torch.equal(case.run(query, *table.pool.tensors, plain, lse, table=slots, **masks), expected)
+    held = (torch.cat(block) for block in zip(*table.pool.blocks, strict=True))
+    assert torch.equal(case.run(query, *held, plain, lse, table=slots, **masks), expected)
 
 
 # ---------------------------------------------------------------------- rows that see nothing
