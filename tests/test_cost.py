@@ -97,7 +97,9 @@ def test_flex_matches_a_wrapped_model(llama):
     plain, _ = counted(llama, input_ids=ids)
     with flexcore.attached(llama, flexcore.FlexConfig(selector="all", first_layer=1)):
         shape = DecoderShape.from_config(llama.config, reading=llama.flex_config.layers)
-        counted(llama, input_ids=ids, flex_streams=streams)  # the first forward tries out how layers rotate keys
+        counted(
+            llama, input_ids=ids, flex_streams=streams
+        )  # the first forward tries out how layers rotate keys
         prefill, out = counted(llama, input_ids=ids, flex_streams=streams, use_cache=True)
         again, _ = counted(
             llama, input_ids=step, flex_streams=streams, **cache_argument(llama, out.past_key_values)
