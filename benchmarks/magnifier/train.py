@@ -215,6 +215,9 @@ def prepared_base(encoder: Any = None, task: Task = IMAGE) -> Any:
     folder = task.folder(FOLDER)
     encoder = prepared_encoder(task) if encoder is None else encoder
     with held_alone(folder / "base.lock", wait=True):
+        if task.finding_steps and not (folder / "base" / "finding" / "done").exists():
+            for split in ("train", "val"):  # under their own locks: another process may be making them
+                media(with_encoder(encoder, task=task), split, task)
         return train_base(folder / "base", encoder, task.base_steps, task=task)
 
 
