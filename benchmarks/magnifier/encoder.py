@@ -75,9 +75,17 @@ def labels(scene: Scene, top: int, left: int, shrink: int = 1) -> tuple[np.ndarr
 
 
 def views(
-    rng: np.random.Generator, split: str, fine: int, coarse: int, ease: float = 0.0
+    rng: np.random.Generator, split: str, fine: int, coarse: int, ease: float = 0.0, frames: int = 12
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Views with labels: the nine tiles of `fine` scenes, and `coarse` shrunk scenes with fewer frames.
+    """Views with labels: the nine tiles of `fine` scenes, then `coarse` shrunk scenes with fewer frames.
+
+    Args:
+        rng: Where scenes are drawn from.
+        split: Whose digits and photographs.
+        fine: How many scenes are seen in tiles.
+        coarse: How many are seen shrunk.
+        ease: See `scenes.draw`.
+        frames: In a scene that is seen shrunk, if its digits are six pixels high.
 
     Returns:
         Pixels `[B, 3, 64, 64]`, digits `[B, 64]` and colours `[B, 64, 6]`.
@@ -95,14 +103,16 @@ def views(
             top, left = SIDE * (tile // 3), SIDE * (tile % 3)
             add(scene.pixels[top : top + SIDE, left : left + SIDE], labels(scene, top, left))
     for _ in range(coarse):
-        scene = crowded(rng, split, 12)
+        scene = crowded(rng, split, frames)
         small = scene.image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         add(np.asarray(small), labels(scene, 0, 0, CANVAS // SIDE))
     shown = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return shown, torch.from_numpy(np.stack(digits)), torch.from_numpy(np.stack(colours)).float()
 
 
-def loss_of(model: Reader, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
+def loss_of(
+    model: Reader, batch: tuple[Tensor, Tensor, Tensor], paint_weight: float = 3.0
+) -> tuple[Tensor, dict[str, float]]:
     """The sum of the heads' losses, and how many digits were read right."""
     pixels, digit, colour = batch
     found, there, colours, row, column = model(pixels)
@@ -115,24 +125,69 @@ def loss_of(model: Reader, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor
     place = F.cross_entropy(row.flatten(0, 1), at.repeat_interleave(CELLS).repeat(len(pixels)))
     place = place + F.cross_entropy(column.flatten(0, 1), at.repeat(CELLS * len(pixels)))
     right = (found[known].argmax(-1) == digit[known]).float().mean()
-    total = read + presence + 3 * paint + 0.1 * place
+    total = read + presence + paint_weight * paint + 0.1 * place
     numbers = {"read": right, "there": presence, "paint": paint, "place": place}
     return total, {name: float(number.detach()) for name, number in numbers.items()}
 
 
-def train_encoder(folder: Path, steps: int, seed: int = 0) -> Reader:
-    """Train the encoder, or load it if it is done."""
+@torch.no_grad()
+def frames_found(model: Reader, pixels: Tensor, colours: Tensor) -> float:
+    """Share of colours in views that name a patch in which they are, as the likeliest of all.
+
+    Args:
+        model: The encoder with its heads.
+        pixels: `[B, 3, 64, 64]` in `[-1, 1]`.
+        colours: `[B, 64, 6]` what is in each patch.
+    """
+    best = model(pixels)[2].argmax(1, keepdim=True)
+    shown = colours.any(1)
+    return float(colours.gather(1, best)[:, 0][shown].mean())
+
+
+def train_encoder(folder: Path, steps: int, finding_steps: int = 0, seed: int = 0) -> Reader:
+    """Train the encoder, or load it if it is done.
+
+    Reading comes first and takes most of the views. Then there are more shrunk scenes, in which a frame is four pixels
+    wide, and naming colours weighs more: after the first part a frame on a colourful photograph is often lost, also on
+    one that it learned on.
+
+    Args:
+        folder: Where its checkpoints go.
+        steps: Of learning to read.
+        finding_steps: With more shrunk scenes, afterwards.
+        seed: Of the weights and the data.
+    """
     torch.manual_seed(seed)
     model = Reader()
-    held = views(generator(seed, 1), "val", 16, 20)
+    finding = folder / "finding"
+    ended = (finding if finding_steps else folder) / "done"
+    fresh = not ended.exists()
+    held = views(generator(seed, 1), "val", 16, 20) if fresh else None
+    small = views(generator(seed, 8), "val", 0, 200, frames=6) if fresh else None
 
     def validate() -> dict[str, float]:
+        assert held is not None and small is not None
         value, numbers = loss_of(model, held)
-        return {"val": float(value), **{f"val_{k}": v for k, v in numbers.items()}}
+        found = frames_found(model, small[0], small[2])
+        return {"val": float(value), **{f"val_{k}": v for k, v in numbers.items()}, "val_found": found}
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         ease = max(0.0, 1 - step / (steps / 4))
         return loss_of(model, views(generator(seed, 2, step), "train", 4, 6, ease))
 
+    def finding_loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        return loss_of(model, views(generator(seed, 9, step), "train", 4, 16, frames=8), paint_weight=15.0)
+
     train(folder, model, loss, steps=steps, learning_rate=2e-3, report=validate, report_every=100)
+    if finding_steps:
+        train(
+            finding,
+            model,
+            finding_loss,
+            steps=finding_steps,
+            learning_rate=1e-3,
+            save_every=50,
+            report=validate,
+            report_every=50,
+        )
     return model

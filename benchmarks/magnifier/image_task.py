@@ -21,7 +21,7 @@ class ImageTask(Task):
     grid = pictures.GRID
     region_size, top_k = pictures.REGION, 8  # of 81 regions: 9.9 %
     encoder_steps, base_steps, base_media, steps = 2000, 2500, 8000, 600
-    finding_steps: ClassVar = 600
+    encoder_finding_steps, finding_steps = 700, 600
     splits: ClassVar = {"train": (6000, 100), "val": (200, 101)}
 
     def folder(self, root: Path) -> Path:
@@ -31,7 +31,7 @@ class ImageTask(Task):
         return encoder.vision_config()
 
     def train_encoder(self, folder: Path, steps: int) -> Any:
-        return encoder.train_encoder(folder, steps)
+        return encoder.train_encoder(folder, steps, self.encoder_finding_steps)
 
     def readable(self, tower: nn.Module, split: str, n: int, seed: int) -> Readable:
         from .base import readable_pictures

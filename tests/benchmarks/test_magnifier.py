@@ -17,7 +17,7 @@ pytest.importorskip("skimage")
 from benchmarks.magnifier import results, scenes, train
 from benchmarks.magnifier.arms import ARMS, EVERY, Inputs, build, dense_positions
 from benchmarks.magnifier.base import Base, columns
-from benchmarks.magnifier.encoder import Reader, labels, loss_of, views
+from benchmarks.magnifier.encoder import Reader, frames_found, labels, loss_of, train_encoder, views
 from benchmarks.magnifier.evaluate import evaluate
 from benchmarks.magnifier.loop import generator
 from benchmarks.magnifier.loop import train as run_loop
@@ -123,6 +123,38 @@ def test_the_encoder_is_never_told_about_a_digit_it_sees_small():
     assert len(pixels) == 11 and (digits[:9] >= 0).any() and not (digits[9:] >= 0).any()
     value, numbers = loss_of(Reader(), views(generator(1), "val", 1, 2))
     assert bool(value.isfinite()) and set(numbers) == {"read", "there", "paint", "place"}
+
+
+def test_a_frame_is_found_where_its_colour_is_likeliest():
+    """Two views, by hand: red is named where it is, green isn't; blue isn't there and doesn't count."""
+    colours = torch.zeros(2, 64, 6)
+    colours[0, [3, 4], 0] = 1
+    colours[0, 10, 1] = 1
+    colours[1, 63, 5] = 1
+    logits = torch.zeros(2, 64, 6)
+    logits[0, 4, 0] = logits[0, 11, 1] = logits[0, 20, 2] = logits[1, 63, 5] = 1
+    assert frames_found(
+        lambda pixels: (None, None, logits), torch.zeros(2, 3, 64, 64), colours
+    ) == pytest.approx(2 / 3)
+
+
+def test_an_encoder_learns_in_two_parts_and_is_loaded_after_the_second(tmp_path, monkeypatch):
+    drawn = []
+
+    def few(rng, split, fine, coarse, ease=0.0, frames=12):
+        drawn.append((split, fine, coarse))
+        return views(rng, split, min(fine, 1), min(coarse, 2), ease, frames)
+
+    monkeypatch.setattr("benchmarks.magnifier.encoder.views", few)
+    made = train_encoder(tmp_path, 1, 1)
+    assert drawn[-1][0] == "train" and drawn[-1][2] > drawn[-2][2], "the second part sees more shrunk scenes"
+    assert (tmp_path / "done").exists() and (tmp_path / "finding" / "done").exists()
+    drawn.clear()
+    again = train_encoder(tmp_path, 1, 1)
+    assert not drawn
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+    first = train_encoder(tmp_path, 1)
+    assert any(not torch.equal(a, b) for a, b in zip(made.parameters(), first.parameters(), strict=True))
 
 
 # ---------------------------------------------------------------------- arms
