@@ -9,8 +9,9 @@ import torch
 from torch.nn.functional import pad
 
 from flexcore.hf.collation import collate
+from flexcore.hf.likelihood import answer_tokens, likelihoods, with_answer
 
-from .arms import DENSE, FLEX, see
+from .arms import DENSE, see
 from .base import Sample
 from .conversation import prompt
 
@@ -85,14 +86,17 @@ class Asker:
         rows: list[tuple[dict[str, Any], int, list[int]]] = []
         for sample in samples:
             (asked,) = self._prompts([sample])
-            options = [self._tokens(asked, f" {option}") for option in sample.options]
+            options = [answer_tokens(self.adapter.tokenizer, asked, f" {o}") for o in sample.options]
             # The options of a question share its picture, and the tiles that one of them had encoded.
             _, seen = self._prompted(arm, sample, max(map(len, options)))
             for answer in options:
-                rows.append((*self._extended(arm, seen, answer), answer))
+                rows.append((*self._extended(seen, answer), answer))
         found: list[float] = []
         for i in range(0, len(rows), self.batch_size):
-            found += self._score(rows[i : i + self.batch_size])
+            some = rows[i : i + self.batch_size]
+            batch = self._join([row for row, _, _ in some], "right")
+            scored = likelihoods(self.model, batch, [(start, answer) for _, start, answer in some])
+            found += [loss for loss, _ in scored]
         rest = iter(found)
         return [[next(rest) for _ in sample.options] for sample in samples]
 
@@ -109,47 +113,14 @@ class Asker:
         inputs = inputs.to(self.model.device, self.model.dtype)
         return text, see(arm, self.model, inputs, self.dense_limit, reserve)
 
-    def _tokens(self, text: str, target: str) -> list[int]:
-        """An option's tokens as they follow the prompt."""
-        tokenizer = self.adapter.tokenizer
-        tokens: list[int] = tokenizer(text + target)[_IDS][len(tokenizer(text)[_IDS]) :]
-        if not tokens:
-            raise ValueError(f"options must have at least one token each, got {target!r}")
-        return tokens
-
-    def _extended(self, arm: str, seen: Mapping[str, Any], answer: list[int]) -> tuple[dict[str, Any], int]:
+    def _extended(self, seen: Mapping[str, Any], answer: list[int]) -> tuple[dict[str, Any], int]:
         """A prompt with an answer behind it, and where the rows that predict the answer start."""
-        out, new = dict(seen), torch.tensor([answer], device=self.model.device)
-        mask = out["attention_mask"]
-        start, length = mask.shape[1], len(answer)
-        if _EMBEDS in out:
-            words = self.model.get_input_embeddings()(new)
-            out[_EMBEDS] = torch.cat([out[_EMBEDS], words.to(out[_EMBEDS])], dim=1)
-        else:
-            # What else there is per token, such as token types, marks the medium: zero for words.
-            per_token = [n for n, v in out.items() if isinstance(v, torch.Tensor) and v.shape == mask.shape]
-            out |= {name: pad(out[name], (0, length)) for name in per_token}
-            out[_IDS] = torch.cat([seen[_IDS], new], dim=1)
-        out["attention_mask"] = pad(mask, (0, length), value=1)
-        if arm == FLEX:
-            readout = torch.zeros_like(out["attention_mask"], dtype=torch.bool)
-            # As in generation: the prompt's last row, and all of the answer's but one.
-            readout[:, start - 1 : -1] = True
-            out["readout_mask"] = readout
-        return out, start - 1
-
-    def _score(self, rows: Sequence[tuple[dict[str, Any], int, list[int]]]) -> list[float]:
-        """The loss of each row's answer."""
-        batch = self._join([row for row, _, _ in rows], "right")
-        first = min(start for _, start, _ in rows)
-        # Logits of the rows that matter only: over the whole prompt they would be the largest tensor of all.
-        kept = torch.arange(first, batch["attention_mask"].shape[1] - 1, device=self.model.device)
-        logits = self.model(**batch, logits_to_keep=kept).logits.float()
-        losses = []
-        for row, (_, start, answer) in zip(logits, rows, strict=True):
-            own = row[start - first :][: len(answer)].log_softmax(-1).cpu()
-            losses.append(-float(own.gather(1, torch.tensor(answer)[:, None]).mean()))
-        return losses
+        if _EMBEDS not in seen:
+            return with_answer(seen, answer)
+        words = self.model.get_input_embeddings()(torch.tensor([answer], device=self.model.device))
+        embeds = torch.cat([seen[_EMBEDS], words.to(seen[_EMBEDS])], dim=1)
+        mask = pad(seen["attention_mask"], (0, len(answer)), value=1)
+        return {**seen, _EMBEDS: embeds, "attention_mask": mask}, mask.shape[1] - len(answer) - 1
 
     def _join(self, rows: Sequence[Mapping[str, Any]], side: str) -> Mapping[str, Any]:
         """One batch, padded on a side."""

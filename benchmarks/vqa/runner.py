@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .base import Benchmark, Judge, Sample
 from .table import results
 
 _ABOUT = "about.json"
+_QUIET = 30.0  # seconds between two states of the bar in a log, which keeps them all
 RESULTS = "results.json"
 
 
@@ -81,7 +83,8 @@ class Run:
             initial=shard - len(samples),
             desc=arm,
             unit="question",
-            disable=self.rank != 0 or None,
+            disable=self.rank != 0,
+            mininterval=0.1 if sys.stderr.isatty() else _QUIET,
         )
         with AnswerFile(self.folder, arm, self.rank) as file, bar:
             for i in range(0, len(samples), batch_size):

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from lmms_eval.api.model import lmms
 
 from ..config import FlexConfig
+from .conversation import SYSTEM, Turn, prompt, resolve
+from .likelihood import answer_tokens, likelihoods, with_answer
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -25,11 +27,6 @@ if TYPE_CHECKING:
 
     from .inputs import FlexInputs
 
-# What LLaVA-1.5 was trained to see before the first question; checkpoints with a chat template bring their own.
-_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 _NEW_TOKENS = 1024
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
@@ -53,8 +50,10 @@ class FlexcoreModel(lmms):
         device_map: Spreads one model over devices instead.
         dtype: Of the weights, as transformers takes it.
         attn_implementation: The base attention, as transformers takes it.
-        system_prompt: A sentence, or a file that holds it. Default: the chat template's own, or LLaVA-1.5's.
-        chat_template: A file that holds one. Default: the processor's, or LLaVA-1.5's format.
+        conversation: `v1`, LLaVA-1.5's; `template`, the chat template's; or `auto`, as in training and in
+            `benchmarks.vqa`: `v1` unless the processor has a template that speaks otherwise, or one is given.
+        system_prompt: A sentence, or a file that holds it. Default: LLaVA-1.5's in `v1`, else the template's own.
+        chat_template: A file that holds one. Default: the processor's.
         max_batch_size: Ignored; lmms-eval always passes it.
         **options: Fields of `FlexConfig` go to `wrap`, all others to the adapter.
 
@@ -76,6 +75,7 @@ class FlexcoreModel(lmms):
         device_map: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        conversation: str = "auto",
         system_prompt: str | None = None,
         chat_template: str | None = None,
         max_batch_size: int | None = None,
@@ -108,8 +108,10 @@ class FlexcoreModel(lmms):
         self.tokenizer = self.adapter.tokenizer
         self.tokenizer.padding_side = "left"
         self.system_prompt = self._resolve_system_prompt(system_prompt or "")
-        own_template = getattr(self.adapter, "chat_template", None)
-        self.chat_template = self._resolve_system_prompt(chat_template or "") or own_template
+        if chat_template:
+            self.adapter.processor.chat_template = self._resolve_system_prompt(chat_template)
+            conversation = "template" if conversation == "auto" else conversation
+        self.conversation = resolve(self.adapter, conversation)
 
     # ------------------------------------------------------------------ what lmms-eval asks for
 
@@ -174,12 +176,14 @@ class FlexcoreModel(lmms):
         return out
 
     def _prompt(self, context: str, media: int) -> str:
-        token = getattr(self.adapter, f"{self.adapter.medium}_token")
+        token = self.adapter.placeholder
         # Some tasks say where their pictures go; the others mean: before the question.
-        placed = context.count(token) == media
-        if not self.chat_template:
-            body = context if placed else f"{token}\n" * media + context
-            return f"{self.system_prompt or _SYSTEM} USER: {body} ASSISTANT:"
+        placed = media > 0 and context.count(token) == media
+        if self.conversation == "v1":
+            text = prompt(self.adapter, Turn(context, "", 0 if placed else media), "v1")
+            return self.system_prompt + text.removeprefix(SYSTEM) if self.system_prompt else text
+        if not placed and not self.system_prompt:
+            return prompt(self.adapter, Turn(context, "", media), "template")
         content: list[dict[str, str]] = []
         for i, text in enumerate(context.split(token) if placed else [""] * media + [context]):
             content += [{"type": self.adapter.medium}] if i else []
@@ -189,10 +193,7 @@ class FlexcoreModel(lmms):
         if self.system_prompt:
             system = [{"type": "text", "text": self.system_prompt}]
             messages.insert(0, {"role": "system", "content": system})
-        prompt: str = self.adapter.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True
-        )
-        return prompt
+        return str(self.adapter.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
     def _generate(self, requests: Sequence[Instance]) -> list[str]:
         """Answers to one batch of requests with the same settings."""
@@ -249,42 +250,15 @@ class FlexcoreModel(lmms):
 
     def _score(self, rows: Sequence[tuple[str, FlexInputs, str]]) -> list[tuple[float, bool]]:
         """Loss and greediness of a batch of (prompt, its inputs, continuation)."""
-        import torch
-
         from .collation import collate
 
         features, answers = [], []
-        for prompt, inputs, target in rows:
-            answer = self._tokens(prompt, target)
-            ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
-            start = inputs["input_ids"].shape[1]
-            readout = torch.zeros_like(ids, dtype=torch.bool)
-            # The rows that predict the answer, as in generation: the prompt's last and all of the answer's but one.
-            readout[:, start - 1 : -1] = True
-            feature = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            features.append({**feature, "readout_mask": readout})
-            answers.append((start - 1, answer))
-        batch = self._move(collate(features, tokenizer=self.adapter))
-        # Logits of the rows that matter only: over the whole prompt they would be the largest tensor of all.
-        first = min(start for start, _ in answers)
-        kept = torch.arange(first, batch["input_ids"].shape[1] - 1, device=batch["input_ids"].device)
-        with torch.inference_mode():
-            logits = self.model(**batch, logits_to_keep=kept).logits.float()
-        scores = []
-        for row, (start, answer) in zip(logits, answers, strict=True):
-            own = row[start - first :][: len(answer)].log_softmax(-1).cpu()
-            ids = torch.tensor(answer)
-            loss = -own.gather(1, ids[:, None]).mean()
-            scores.append((float(loss), bool(torch.equal(own.argmax(-1), ids))))
-        return scores
-
-    def _tokens(self, prompt: str, target: str) -> list[int]:
-        """The continuation's tokens as they follow the prompt."""
-        before = self.tokenizer(prompt)["input_ids"]
-        tokens: list[int] = self.tokenizer(prompt + target)["input_ids"][len(before) :]
-        if not tokens:
-            raise ValueError(f"a continuation must have at least one token, got {target!r}")
-        return tokens
+        for asked, inputs, target in rows:
+            answer = answer_tokens(self.tokenizer, asked, target)
+            feature, start = with_answer(inputs, answer)
+            features.append(feature)
+            answers.append((start, answer))
+        return likelihoods(self.model, self._move(collate(features, tokenizer=self.adapter)), answers)
 
     def _move(self, inputs: FlexInputs) -> FlexInputs:
         return inputs.to(self.model.device, self.model.dtype)

@@ -1,6 +1,6 @@
 """The model `flexcore` of lmms-eval on ten questions about ten small pictures, without a network.
 
-Needs `pip install lmms-eval`. What its command logs is compared to what adapter and model say by hand.
+Needs `pip install lmms-eval 'filelock<4'`. What its command logs is compared to what adapter and model say by hand.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import flexcore
+from flexcore.hf.conversation import SYSTEM
 from flexcore.hf.tiny import tiny_llava
 
 from .helpers import perturb
@@ -134,7 +135,9 @@ def by_hand(checkpoint: Path) -> Any:
 
 
 def prompt(document: dict[str, Any]) -> str:
-    return f"USER: {'<image>' + chr(10) if document['images'] else ''}{document['question']} ASSISTANT:"
+    return (
+        f"{SYSTEM} USER: {'<image>' + chr(10) if document['images'] else ''}{document['question']} ASSISTANT:"
+    )
 
 
 def inputs_of(adapter: Any, document: dict[str, Any], answer: str = "") -> Any:
@@ -203,8 +206,13 @@ def run(tasks: Path, output: Path, arguments: str, *launcher: str, more: tuple[s
     done = subprocess.run(
         command, env={**os.environ, **offline, **home}, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (results,) = output.rglob("*_results.json")
+    said = done.stdout[-3000:] + done.stderr[-3000:]
+    if "No module named 'filelock._api'" in said:
+        pytest.skip("this lmms-eval's command needs pip install 'filelock<4'")
+    # It reports success after an error too.
+    written = list(output.rglob("*_results.json"))
+    assert done.returncode == 0 and len(written) == 1, said
+    (results,) = written
     samples = {}
     for name in names.split(","):
         (log,) = output.rglob(f"*_samples_{name}.jsonl")
@@ -294,20 +302,22 @@ def test_settings_of_a_batch_are_its_own(loaded: Any, by_hand: Any, documents: l
 
 
 def test_pictures_go_where_the_task_puts_them(loaded: Any, documents: list[dict[str, Any]]) -> None:
-    assert loaded._prompt("What?", 0) == "USER: What? ASSISTANT:"
-    assert loaded._prompt("What?", 2) == "USER: <image>\n<image>\nWhat? ASSISTANT:"
-    assert loaded._prompt("Left <image> or right <image>?", 2) == (
-        "USER: Left <image>\n or right <image>\n? ASSISTANT:"
-    )
-    template, loaded.chat_template = loaded.chat_template, None
+    ask = loaded._prompt
+    assert ask("What?", 0) == f"{SYSTEM} USER: What? ASSISTANT:"
+    assert ask("What?", 2) == f"{SYSTEM} USER: <image>\n<image>\nWhat? ASSISTANT:"
+    assert ask("<image> What?", 1) == f"{SYSTEM} USER: <image> What? ASSISTANT:"
     try:
-        assert loaded._prompt("What?", 1).endswith("questions. USER: <image>\nWhat? ASSISTANT:")
         loaded.system_prompt = "Be brief."
-        assert loaded._prompt("<image> What?", 1) == "Be brief. USER: <image> What? ASSISTANT:"
-        loaded.chat_template = template
-        assert loaded._prompt("What?", 1) == "SYSTEM: Be brief. USER: <image>\nWhat? ASSISTANT:"
+        assert ask("What?", 1) == "Be brief. USER: <image>\nWhat? ASSISTANT:"
+        loaded.conversation = "template"
+        assert ask("What?", 1) == "SYSTEM: Be brief. USER: <image>\nWhat? ASSISTANT:"
+        loaded.system_prompt = ""
+        assert ask("What?", 0) == "USER: What? ASSISTANT:"
+        assert ask("What?", 2) == "USER: <image>\n<image>\nWhat? ASSISTANT:"
+        placed = "USER: Left <image>\n or right <image>\n? ASSISTANT:"
+        assert ask("Left <image> or right <image>?", 2) == placed
     finally:
-        loaded.chat_template, loaded.system_prompt = template, ""
+        loaded.conversation, loaded.system_prompt = "v1", ""
 
 
 def test_likelihoods(loaded: Any, by_hand: Any, documents: list[dict[str, Any]]) -> None:
@@ -321,7 +331,7 @@ def test_likelihoods(loaded: Any, by_hand: Any, documents: list[dict[str, Any]])
     same = request(0, second=lambda doc: greedy, documents=documents)
     other = request(0, second=greedy[:-1] + chr(ord(greedy[-1]) ^ 1), documents=documents)
     assert [result.text[1] for result in loaded.loglikelihood([other, same])] == [False, True]
-    with pytest.raises(ValueError, match="a continuation must have at least one token, got ''"):
+    with pytest.raises(ValueError, match="an answer must have at least one token, got ''"):
         loaded.loglikelihood([request(0, second="", documents=documents)])
 
 
@@ -350,6 +360,8 @@ def test_options_are_checked(checkpoint: Path) -> None:
         FlexcoreModel(path, batch_size="auto")
     with pytest.raises(ValueError, match="threshold"):
         FlexcoreModel(path, device="cpu", threshold=500)
+    with pytest.raises(ValueError, match="conversation must be one of auto, v1, template, got 'chatml'"):
+        FlexcoreModel(path, device="cpu", conversation="chatml")
     with pytest.raises(TypeError, match="ImageAdapter has no option 'zom'"):
         FlexcoreModel(path, device="cpu", zom=3)
     with pytest.raises(NotImplementedError, match="one round"):
