@@ -88,8 +88,10 @@ def project_pages(
 def project_blocks(n_tokens: int, half: int, item: int) -> dict[str, int]:
     """Tile sizes for so many tokens and heads of `2 * half`."""
     block_h = max(16, triton.next_power_of_2(half))
-    # the taller the tile, the fewer times all weights pass; wide or odd heads and float32 leave no room for it
+    # the taller the tile, the fewer times all weights pass; wide or odd heads and float32 leave no room for it, and
+    # halves that aren't aligned least of all: 40 wide ones spill from a tile of 64
     most = 128 if half == block_h and block_h * item <= 128 else 64 if block_h * item <= 256 else 32
+    most = most if half % 16 == 0 else 32
     block_m = min(most, max(16, triton.next_power_of_2(n_tokens)))
     block_c = 64 if item == 2 and block_h <= 64 else 32
     warps = 8 if block_m * block_h * item >= 8192 else 4

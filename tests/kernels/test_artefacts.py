@@ -64,6 +64,8 @@ def test_no_spills_at_the_sizes_of_the_notes(target: int) -> None:
         Case(Shape("region_attention", "bfloat16", 96, 4, 2, 8, 1024, True)),
         Case(Shape("gather_project_rotate", "float32", 256, 1, 8, 1024, 1024)),
         Case(Shape("gather_project_rotate", "bfloat16", 80, 1, 8, 1024, 100)),
+        Case(Shape("gather_project_rotate", "float32", 80, 1, 8, 1024, 100)),
+        Case(Shape("gather_project_rotate", "float16", 208, 1, 8, 1024, 100)),
     ]
     assert len(check([*compile_cases(), *wide], target)) > 40
 
