@@ -218,9 +218,10 @@ def summary(found: dict[str, Any]) -> str:
     frames = {name: [r["frame"] for r in runs_of(found, name)] for name in _LABELS}
     cost = {name: statistics.mean(f["gflops"] for f in some) for name, some in frames.items() if some}
     shares = {name: spread([f["accuracy"] for f in some]) for name, some in frames.items() if some}
-    counts = sorted(
-        {len(frames[name]) for name in ("coarse", "random", "flex", "all", "dense") if frames[name]}
-    )
+    counts = [len(frames[name]) for name in ("coarse", "random", "flex", "all", "dense") if frames[name]]
+    least, most = min(counts), max(counts)
+    of = f"mean of {most}" if least == most else f"mean of {least} to {most}"
+    seeds = "one seed" if most == 1 else f"{of} seeds ± half the range"
     lines = [
         "| | right answers, % | language model's prefill, GFLOP |",
         "|---|---|---|",
@@ -231,8 +232,7 @@ def summary(found: dict[str, Any]) -> str:
         ),
         "",
         f"{questions:,} questions about {found['images']} pictures whose digits and photographs no training has seen; "
-        f"a decoder of 0.9 M weights, {training['steps']} steps on two CPU cores, mean of "
-        f"{' to '.join(map(str, counts))} seeds ± half the range. Chance is 10 %.",
+        f"a decoder of 0.9 M weights, {training['steps']} steps on two CPU cores, {seeds}. Chance is 10 %.",
     ]
     return "\n".join(lines)
 
