@@ -73,13 +73,6 @@ def overheard(tokenizer: Any) -> Iterator[dict[str, Asked]]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    made.save_checkpoint(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five questions of different lengths, so that batches are padded."""
     folder = made.textvqa(tmp_path_factory.mktemp("data") / "textvqa", 5)
