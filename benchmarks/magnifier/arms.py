@@ -79,7 +79,7 @@ class Arm:
 def _flex(first_layer: int = 1, **changes: Any) -> FlexConfig:
     settings = {
         **{"selector": "top_k", "top_k": IMAGE.top_k, "region_size": IMAGE.region_size},
-        # the last layer has nothing left to look for: the answer is known by then, and its selection wanders
+        # the last layer's reading adds nothing: the ablation `last-layer-reads` answers no better
         **{"first_layer": first_layer, "layers": tuple(range(first_layer + 1, LAYERS - 1))},
         # the projector's features are several times as large as what a layer's K/V projections are used to
         "fine_norm": True,
