@@ -6,7 +6,7 @@
 `examples/train.py` trains the model to read a word in a photograph, is killed on the way and goes on; then
 `benchmarks.vqa` asks it and is killed once too. That the path holds is what is shown: the accuracy of so short a
 training means nothing. Writes a section of `RESULTS.md` and `results/real_weights.json`. For the weights see
-`tests/real/weights.py`; `--model` takes any other LLaVA.
+`packaged_weights.py`; `--model` takes any other LLaVA.
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ def assemble(args: argparse.Namespace) -> Path:
     if args.model is not None:
         return args.model
     if not folder.is_dir():
-        from tests.real import weights
-
+        from . import packaged_weights as weights
         from .assembled import assemble as put_together
 
         try:

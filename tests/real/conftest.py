@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import packaged_weights as weights
 from benchmarks.assembled import assemble
-
-from . import weights
 
 # Where other processes want the cores too, threads that wait for each other cost far more than they gain.
 torch.set_num_threads(1)

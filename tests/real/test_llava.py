@@ -13,8 +13,7 @@ from PIL import Image
 from transformers import pipeline
 
 import flexcore
-
-from . import weights
+from benchmarks import packaged_weights as weights
 
 pytestmark = pytest.mark.slow
 

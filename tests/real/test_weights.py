@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from . import weights
+from benchmarks import packaged_weights as weights
 
 
 def test_a_package_that_is_not_there_says_what_to_install(

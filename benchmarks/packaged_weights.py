@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         WhisperProcessor,
     )
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache" / "weights"
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "weights"
 
 
 class MissingWeights(Exception):
@@ -130,11 +130,25 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[LlamaForCausalLM, PreTr
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def dinov2(dtype: torch.dtype = torch.float32) -> Dinov2Model:
-    """DINOv2-small: 12 layers, width 384, patches of 14 pixels; positions for 518, interpolated for other sizes."""
-    from transformers import Dinov2Model
+def dinov2(dtype: torch.dtype = torch.float32, layers: int = 12) -> Dinov2Model:
+    """DINOv2-small: 12 layers, width 384, patches of 14 pixels; positions for 518, interpolated for other sizes.
 
-    return Dinov2Model.from_pretrained(DINOV2.converted(_convert_dinov2), dtype=dtype).eval()
+    Args:
+        dtype: Of the weights.
+        layers: How many of its layers, from the first on.
+    """
+    from transformers import Dinov2Config, Dinov2Model
+
+    whole = Dinov2Model.from_pretrained(DINOV2.converted(_convert_dinov2), dtype=dtype).eval()
+    if layers == whole.config.num_hidden_layers:
+        return whole
+    # the config knows layers by their stages, too
+    fewer = {"num_hidden_layers": layers, "out_features": [f"stage{layers}"], "out_indices": [layers]}
+    fields = {**whole.config.to_dict(), **fewer}
+    part = Dinov2Model(Dinov2Config(**{k: v for k, v in fields.items() if k != "stage_names"})).to(dtype)
+    names = part.state_dict().keys()
+    part.load_state_dict({name: value for name, value in whole.state_dict().items() if name in names})
+    return part.eval()
 
 
 def whisper(dtype: torch.dtype = torch.float32) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:

@@ -1,0 +1,1 @@
+"""A real language model reads small words in large photographs: coarse-only, Flex, everything visible."""

@@ -1,0 +1,60 @@
+"""The section of `RESULTS.md`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .signs import LARGE, SMALL, ZOOM
+
+
+def section(found: dict[str, Any]) -> str:
+    """The section's text.
+
+    Args:
+        found: What `__main__.measure` found, with `environment`.
+    """
+    steps, sizes, arms, machine = found["steps"], found["sizes"], found["arms"], found["machine"]
+    flex = arms["flex"]
+    lines = [
+        "## Small text",
+        "",
+        "DINOv2-small (its first six layers) and SmolLM2-135M as a LLaVA: does a real language model read a small "
+        f"word in a large photograph? Pictures of 448x448 with a sign in a font of {SMALL[0]} to {SMALL[1]} pixels; "
+        f"the coarse view of 112x112, 64 tokens, shows it {ZOOM} times smaller, and 1,024 fine tokens wait outside. "
+        f"One of {found['words']} words, in six fonts: these are the same in training and test; photographs, places "
+        "and colours aren't.",
+        "",
+        f"`{found['command']}`; {machine['cpu']}; cores {machine['cores']}, memory GiB {machine['memory GiB']}; "
+        + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        + ".",
+        "",
+        f"The projector was aligned with the words' embeddings ({steps['align']:,} steps of 32 of "
+        f"{sizes['large train']:,} views with signs of {LARGE[0]} to {LARGE[1]} pixels; it reads "
+        f"{100 * found['base']['aligned']:.1f} % of {sizes['large val']} held-out ones). Then the language model "
+        f"learned to say what it sees there ({steps['base']} steps of {found['batch']}), and from these weights each "
+        f"arm met small signs ({steps['arms']} steps of {found['batch']} of {sizes['small train']:,} pictures). One "
+        "seed. An answer counts if what `generate` says is the word and nothing else.",
+        "",
+        "| | right answers, % | sign chosen in any layer, % | regions read, % | GFLOP |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in (
+        ("coarse", "coarse only"),
+        ("flex, withheld", "the Flex model, fine tokens withheld"),
+        ("flex", "Flex, top 6 of 64 regions"),
+    ):
+        arm = arms[name]
+        more = ("hit_any", "regions")
+        cells = " | ".join(f"{100 * arm[key]:.1f}" if key in arm else "" for key in more)
+        lines.append(f"| {label} | {100 * arm['accuracy']:.1f} | {cells} | {arm['gflops']:.2f} |")
+    lines += [
+        "",
+        f"{flex['questions']} test pictures, a chance of {100 / found['words']:.1f} %. GFLOP: the language model's "
+        f"prefill, causal attention halved, output head left out; with all fine tokens in the sequence it would be "
+        f"{flex['gflops, dense']:.1f}.",
+        "",
+        "| layer that reads | " + " | ".join(flex["hits"]) + " |",
+        "|---" * (len(flex["hits"]) + 1) + "|",
+        "| sign chosen, % | " + " | ".join(f"{100 * share:.0f}" for share in flex["hits"].values()) + " |",
+    ]
+    return "\n".join(lines)
