@@ -31,7 +31,7 @@ from .evaluate import evaluate, test_signs
 from .fine_init import fit_fine
 from .projector import align, word_ids
 from .report import section
-from .signs import WORDS, ZOOM, Large, Small, kept, large, small
+from .signs import REGION, WORDS, ZOOM, Large, Small, kept, large, small
 from .stages import BATCH, TOP_K, Talk, flex_config, train_arm, train_base
 
 HERE = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ class Run:
 
     def adapter(self, llava: Any, processor: Any) -> Any:
         """The image adapter for a model."""
-        return flexcore.load_adapter("image", llava, processor, zoom=ZOOM, region_size=4, progress=False)
+        return flexcore.load_adapter("image", llava, processor, zoom=ZOOM, region_size=REGION, progress=False)
 
     def base(self) -> tuple[Any, Any, dict[str, float]]:
         """The base, its processor, and how well its projector reads."""
@@ -122,7 +122,8 @@ class Run:
         config = start = None
         if flex is not None:
             config = flex_config(FIRST_LAYER, READING, **flex)
-            start = self.fitted(talk, self.data("large train", llava, processor))
+            if not (self.folder / name / "done").exists():
+                start = self.fitted(talk, self.data("large train", llava, processor))
         train_arm(self.folder / name, talk, config, data, held, self.steps["arms"], start)
         return llava.eval(), processor
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .signs import LARGE, SMALL, ZOOM
+from .stages import TOP_K
 
 
 def section(found: dict[str, Any]) -> str:
@@ -32,8 +33,9 @@ def section(found: dict[str, Any]) -> str:
         f"{sizes['large train']:,} views with signs of {LARGE[0]} to {LARGE[1]} pixels; it reads "
         f"{100 * found['base']['aligned']:.1f} % of {sizes['large val']} held-out ones). Then the language model "
         f"learned to say what it sees there ({steps['base']} steps of {found['batch']}), and from these weights each "
-        f"arm met small signs ({steps['arms']} steps of {found['batch']} of {sizes['small train']:,} pictures). One "
-        "seed. An answer counts if what `generate` says is the word and nothing else.",
+        f"arm met small signs ({steps['arms']} steps of {found['batch']} of {sizes['small train']:,} pictures), "
+        "fine projections starting from least squares (`fine_init.py`). One seed. An answer counts if "
+        "what `generate` says is the word and nothing else.",
         "",
         "| | right answers, % | sign chosen in any layer, % | regions read, % | GFLOP |",
         "|---|---|---|---|---|",
@@ -41,7 +43,7 @@ def section(found: dict[str, Any]) -> str:
     for name, label in (
         ("coarse", "coarse only"),
         ("flex, withheld", "the Flex model, fine tokens withheld"),
-        ("flex", "Flex, top 6 of 64 regions"),
+        ("flex", f"Flex, top {TOP_K} of 64 regions"),
     ):
         arm = arms[name]
         more = ("hit_any", "regions")

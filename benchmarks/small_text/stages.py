@@ -15,7 +15,7 @@ from flexcore.hf.training import Exploration, ExploringSelector
 
 from ..magnifier.loop import generator, train
 from .fine_init import set_fine
-from .signs import QUESTION, REGION, Large, Small, grid
+from .signs import QUESTION, REGION, ZOOM, Large, Small, grid
 
 BATCH = 8
 BASE_RATE, ARM_RATE = 2e-4, 2e-4
@@ -66,7 +66,7 @@ class Talk:
 
     def streams(self, made: dict[str, Any], fine: Tensor) -> dict[str, Any]:
         """What a wrapped model needs beside that, for `[B, fine tokens, hidden]` projected."""
-        cells = round(fine.shape[1] ** 0.5) * REGION // (REGION * REGION)
+        cells = round(fine.shape[1] ** 0.5) // ZOOM
         at = torch.arange(len(self.before), len(self.before) + cells**2)
         reading = torch.zeros(made["attention_mask"].shape, dtype=torch.bool)
         reading[:, -3:-1] = True
