@@ -12,7 +12,6 @@ and `results/small_text.json`. For the weights see `packaged_weights.py`.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -31,8 +30,8 @@ from .evaluate import evaluate, test_signs
 from .fine_init import fit_fine
 from .projector import align, word_ids
 from .report import section
-from .signs import REGION, WORDS, ZOOM, Large, Small, kept, large, small
-from .stages import BATCH, TOP_K, Talk, flex_config, train_arm, train_base
+from .signs import LARGE, REGION, SMALL, WORDS, ZOOM, Large, Small, kept, large, small
+from .stages import BATCH, Talk, flex_config, train_arm, train_base
 
 HERE = Path(__file__).parent.parent
 SIDE, TOWER_LAYERS = 112, 6
@@ -42,12 +41,23 @@ FITTED = 480  # views that the fine projections' start is fitted on
 STEPS = {"align": 1500, "base": 200, "arms": 200}
 SIZES = {"large train": 6000, "large val": 400, "small train": 4000, "small val": 200, "test": 300}
 GROUNDS = {"small train": 200, "small val": 40}
-# How each arm looks closer, and what it is called
-ARMS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "coarse": ("coarse only", None),
-    "flex": (f"Flex, top {TOP_K} of 64", {}),
+# How each arm looks closer, and how many times the steps it has: is it only slower to learn without?
+LONGER = 3
+ARMS: dict[str, tuple[dict[str, Any] | None, int]] = {
+    "coarse": (None, 1),
+    "flex": ({}, 1),
+    "coarse, longer": (None, LONGER),
 }
-WITHHELD = "flex, withheld"
+# Who is asked about test pictures: an arm's weights, how its choosing is changed for that, and whether fine tokens are
+# given. Nothing is trained again for a change: it shows what choosing by attention is worth, and what it costs.
+ASKED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "coarse": ("coarse", {}, False),
+    "flex, withheld": ("flex", {}, False),
+    "flex, random": ("flex", {"selector": "random"}, True),
+    "flex": ("flex", {}, True),
+    "flex, all": ("flex", {"selector": "all", "top_k": None}, True),
+    "coarse, longer": ("coarse, longer", {}, False),
+}
 
 
 def assembled() -> tuple[Any, Any]:
@@ -90,7 +100,7 @@ class Run:
         """The image adapter for a model."""
         return flexcore.load_adapter("image", llava, processor, zoom=ZOOM, region_size=REGION, progress=False)
 
-    def base(self) -> tuple[Any, Any, dict[str, float]]:
+    def base(self) -> tuple[Any, Any, dict[str, Any]]:
         """The base, its processor, and how well its projector reads."""
         llava, processor = self.make()
         words = word_ids(processor.tokenizer)
@@ -113,44 +123,55 @@ class Run:
         begin, cells = len(talk.before), data.features.shape[1]
         return fit_fine(llava, READING, min(FITTED, len(data.words)), inputs, slice(begin, begin + cells))
 
-    def arm(self, name: str, flex: dict[str, Any] | None) -> tuple[Any, Any]:
-        """A trained arm and its processor."""
+    def arm(self, name: str, **changes: Any) -> tuple[Any, Any]:
+        """A trained arm of `ARMS` and its processor.
+
+        Args:
+            name: Which one.
+            **changes: What its `FlexConfig` has differently from what it was trained with.
+        """
         llava, processor, _ = self.base()
         words = word_ids(processor.tokenizer)
         data, held = (self.data(f"small {split}", llava, processor) for split in ("train", "val"))
         talk = Talk(llava, processor, words)
         config = start = None
+        trained = (self.folder / name / "done").exists()
+        assert trained or not changes, f"{name} isn't trained yet"
+        flex, times = ARMS[name]
         if flex is not None:
-            config = flex_config(FIRST_LAYER, READING, **flex)
-            if not (self.folder / name / "done").exists():
+            config = flex_config(FIRST_LAYER, READING, **{**flex, **changes})
+            if not trained:
                 start = self.fitted(talk, self.data("large train", llava, processor))
-        train_arm(self.folder / name, talk, config, data, held, self.steps["arms"], start)
+        train_arm(self.folder / name, talk, config, data, held, times * self.steps["arms"], start)
         return llava.eval(), processor
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """Train what isn't trained yet, and ask every arm about the same test pictures."""
+    """Train what isn't trained yet, and ask all of `ASKED` about the same test pictures."""
     path = run.folder / "found.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}}
 
-    def keep(name: str, make: Callable[[], dict[str, Any]]) -> None:
-        if name not in found["arms"]:
-            found["arms"][name] = make()
-            write_json(path, found)
-
     if "base" not in found:
-        found["base"] = run.base()[2]
-        found |= {"steps": run.steps, "sizes": run.sizes, "batch": BATCH, "words": len(WORDS)}
+        llava, processor, found["base"] = run.base()
+        adapter = run.adapter(llava.eval(), processor)
+        signs = test_signs(run.sizes["test"], adapter.side, LARGE)
+        found["base"]["large signs"] = evaluate(llava, processor, adapter, signs, "base, large signs", False)
+        found |= {
+            "steps": run.steps,
+            "longer": LONGER,
+            "sizes": run.sizes,
+            "batch": BATCH,
+            "words": len(WORDS),
+        }
         write_json(path, found)
-    for name, (label, flex) in ARMS.items():
-        if name in found["arms"] and (flex is None or WITHHELD in found["arms"]):
+    for name, (arm, changes, look) in ASKED.items():
+        if name in found["arms"]:
             continue
-        llava, processor = run.arm(name, flex)
+        llava, processor = run.arm(arm, **changes)
         adapter = run.adapter(llava, processor)
-        signs = test_signs(run.sizes["test"], adapter.side * ZOOM)
-        keep(name, functools.partial(evaluate, llava, processor, adapter, signs, label))
-        if flex is not None:
-            keep(WITHHELD, functools.partial(evaluate, llava, processor, adapter, signs, WITHHELD, False))
+        signs = test_signs(run.sizes["test"], adapter.side * ZOOM, SMALL)
+        found["arms"][name] = evaluate(llava, processor, adapter, signs, name, look)
+        write_json(path, found)
     return found
 
 
@@ -165,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(args.folder, assembled, STEPS, SIZES)
     try:
         if args.until is not None:
-            run.base() if args.until == "base" else run.arm(args.until, ARMS[args.until][1])
+            run.base() if args.until == "base" else run.arm(args.until)
             return 0
         found = measure(run)
     except weights.MissingWeights as missing:

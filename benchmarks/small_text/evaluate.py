@@ -12,25 +12,26 @@ import flexcore
 from flexcore.cost import DecoderShape, coarse_prefill, dense_prefill, flex_prefill
 
 from ..magnifier.loop import generator
-from .signs import SMALL, WORDS, Sign, ground, put, shares
+from .signs import WORDS, Sign, ground, put, shares
 from .stages import chat
 
 _BATCH = 8
 
 
-def test_signs(n: int, side: int) -> list[Sign]:
-    """Pictures with small signs on photographs that nothing was trained or chosen on.
+def test_signs(n: int, side: int, sizes: tuple[int, int]) -> list[Sign]:
+    """Pictures with signs on photographs that nothing was trained or chosen on.
 
     Args:
         n: How many.
         side: Of a picture in pixels.
+        sizes: Of the font, see `put`.
     """
-    return [put(rng, ground(rng, "test", side), SMALL) for rng in (generator(9, i) for i in range(n))]
+    return [put(rng, ground(rng, "test", side), sizes) for rng in (generator(9, i) for i in range(n))]
 
 
 @torch.no_grad()
 def evaluate(
-    llava: Any, processor: Any, adapter: Any, signs: list[Sign], label: str, look: bool = True
+    llava: Any, processor: Any, adapter: Any, signs: list[Sign], label: str, look: bool
 ) -> dict[str, Any]:
     """Ask a model about pictures.
 
@@ -40,14 +41,13 @@ def evaluate(
         adapter: The image adapter for it.
         signs: The pictures.
         label: For the progress bar.
-        look: Give it the fine tokens, if it is wrapped.
+        look: Give it the fine tokens; it must be wrapped then.
 
     Returns:
         `accuracy`, some of what it `said`, `gflops` of a prefill (causal attention halved, output head left out) and
         of a dense one, and of a model that looks: by layer and in any of them the share of signs of which a region
         was chosen, and the share of regions that is read.
     """
-    look = look and hasattr(llava, "_flex_binding")
     prompt, said, hits, shares_read = chat(processor), [], [], []
     for start in tqdm(range(0, len(signs), _BATCH), desc=f"asking {label}", disable=None):
         some = signs[start : start + _BATCH]

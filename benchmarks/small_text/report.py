@@ -15,7 +15,7 @@ def section(found: dict[str, Any]) -> str:
         found: What `__main__.measure` found, with `environment`.
     """
     steps, sizes, arms, machine = found["steps"], found["sizes"], found["arms"], found["machine"]
-    flex = arms["flex"]
+    flex, large = arms["flex"], found["base"]["large signs"]
     lines = [
         "## Small text",
         "",
@@ -39,11 +39,15 @@ def section(found: dict[str, Any]) -> str:
         "",
         "| | right answers, % | sign chosen in any layer, % | regions read, % | GFLOP |",
         "|---|---|---|---|---|",
+        f"| *the base, asked about large signs* | {100 * large['accuracy']:.1f} |  |  | {large['gflops']:.2f} |",
     ]
     for name, label in (
         ("coarse", "coarse only"),
+        ("coarse, longer", f"coarse only, {found['longer']} times the steps"),
         ("flex, withheld", "the Flex model, fine tokens withheld"),
+        ("flex, random", f"the Flex model, {TOP_K} random regions"),
         ("flex", f"Flex, top {TOP_K} of 64 regions"),
+        ("flex, all", "the Flex model, every region"),
     ):
         arm = arms[name]
         more = ("hit_any", "regions")
@@ -53,7 +57,8 @@ def section(found: dict[str, Any]) -> str:
         "",
         f"{flex['questions']} test pictures, a chance of {100 / found['words']:.1f} %. GFLOP: the language model's "
         f"prefill, causal attention halved, output head left out; with all fine tokens in the sequence it would be "
-        f"{flex['gflops, dense']:.1f}.",
+        f"{flex['gflops, dense']:.1f}. The base sees signs of {LARGE[0]} to {LARGE[1]} pixels in the same test "
+        "photographs with nothing shrunk: what the encoder can read there, more or less.",
         "",
         "| layer that reads | " + " | ".join(flex["hits"]) + " |",
         "|---" * (len(flex["hits"]) + 1) + "|",

@@ -154,10 +154,10 @@ def test_where_an_arm_looked(tiny, few):
     model, processor, adapter = tiny
     flexcore.wrap(model, stages.flex_config(1, (2, 3), top_k=None, selector="all"))
     model.generation_config.suppress_tokens = None
-    some = evaluate.test_signs(2, SIDE * signs.ZOOM)
-    found = evaluate.evaluate(model, processor, adapter, some, "all")
+    some = evaluate.test_signs(2, SIDE * signs.ZOOM, signs.SMALL)
+    found = evaluate.evaluate(model, processor, adapter, some, "all", True)
     assert found["hits"] == {"2": 1.0, "3": 1.0} and found["hit_any"] == found["regions"] == 1.0
-    withheld = evaluate.evaluate(model, processor, adapter, some, "withheld", look=False)
+    withheld = evaluate.evaluate(model, processor, adapter, some, "withheld", False)
     assert "hits" not in withheld and withheld["gflops"] < found["gflops"] < found["gflops, dense"]
     assert [answer for answer, _ in found["said"]] == [signs.WORDS[sign.word] for sign in some]
 
@@ -184,11 +184,14 @@ def test_a_whole_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, words, 
     command = ["--folder", str(tmp_path / "run"), "--results", str(tmp_path / "benchmarks")]
     (tmp_path / "benchmarks").mkdir()
     assert small_text.main(command) == 130 and len(asked) == 2
-    assert small_text.main(command) == 0 and len(asked) == 4  # the first arm wasn't asked again
+    assert small_text.main(command) == 0 and len(asked) == 8  # what was asked wasn't asked again
     found = json.loads((tmp_path / "benchmarks" / "results" / "small_text.json").read_text())
-    assert set(found["arms"]) == {"coarse", "flex", "flex, withheld"} and found["steps"] == steps
+    asked_of = ["coarse", "flex, withheld", "flex, random", "flex", "flex, all", "coarse, longer"]
+    assert list(found["arms"]) == asked_of
+    assert found["steps"] == steps and found["base"]["large signs"]["questions"] == 3
     assert all(0 <= arm["accuracy"] <= 1 and arm["questions"] == 3 for arm in found["arms"].values())
-    assert abs(found["arms"]["flex"]["regions"] - 6 / 64) < 1e-6
+    for name, share in (("flex", 6 / 64), ("flex, random", 6 / 64), ("flex, all", 1)):
+        assert abs(found["arms"][name]["regions"] - share) < 1e-6
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert "<!-- small-text: begin -->\n## Small text\n" in text and "| coarse only | " in text
 
@@ -200,9 +203,9 @@ def test_an_arm_keeps_what_it_learned(tmp_path, words, few):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(small_text, "FIRST_LAYER", 1)
         patch.setattr(small_text, "READING", (2, 3))
-        first, _ = run.arm("flex", {})
+        first, _ = run.arm("flex")
         base, _, _ = run.base()
-        again, _ = run.arm("flex", {})
+        again, _ = run.arm("flex")
     own, untrained, loaded = (m.state_dict() for m in (first, base, again))
     assert all(torch.equal(own[name], loaded[name]) for name in own)
     moved = {name for name, value in untrained.items() if not torch.equal(value, own[name])}
