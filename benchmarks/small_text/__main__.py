@@ -6,7 +6,7 @@
 DINOv2-small (its first six layers, which tell letters apart; later ones forget them) and SmolLM2-135M become a LLaVA:
 its projector is aligned, the model learns to read large signs from coarse tokens, and then small ones with fine tokens
 or without. Test pictures go through the image adapter and `generate`, as a user's do. Writes a section of `RESULTS.md`
-and `results/small_text.json`. For the weights see `packaged_weights.py`.
+and of the README, and `results/small_text.json`. For the weights see `packaged_weights.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..sections import write_json, write_section
 from .evaluate import evaluate, test_signs
 from .fine_init import fit_fine
 from .projector import align, word_ids
-from .report import section
+from .report import section, summary
 from .signs import LARGE, REGION, SMALL, WORDS, ZOOM, Large, Small, kept, large, small
 from .stages import BATCH, Talk, flex_config, train_arm, train_base
 
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--folder", type=Path, default=Path("outputs/small-text"), help="data and weights; again: goes on")
-    add("--results", type=Path, default=HERE, help="where RESULTS.md and results/ are")
+    add("--results", type=Path, default=HERE, help="where RESULTS.md is, below the README")
     add("--until", choices=("base", *ARMS), help="train so far and write nothing")
     args = parser.parse_args(argv)
     run = Run(args.folder, assembled, STEPS, SIZES)
@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found |= environment("benchmarks.small_text")
     write_json(args.results / "results" / "small_text.json", found)
     write_section("small-text", section(found), args.results / "RESULTS.md")
+    write_section("small-text", summary(found), args.results.parent / "README.md")
     print(section(found))
     return 0
 

@@ -1,4 +1,4 @@
-"""The section of `RESULTS.md`."""
+"""The section of `RESULTS.md`, and what the README says of it."""
 
 from __future__ import annotations
 
@@ -65,3 +65,24 @@ def section(found: dict[str, Any]) -> str:
         "| sign chosen, % | " + " | ".join(f"{100 * share:.0f}" for share in flex["hits"].values()) + " |",
     ]
     return "\n".join(lines)
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What the README says.
+
+    Args:
+        found: What `__main__.measure` found.
+    """
+    arms, large = found["arms"], found["base"]["large signs"]
+    share = {name: f"{100 * arm['accuracy']:.1f} %" for name, arm in arms.items()}
+    flops = {name: f"{arm['gflops']:.1f}" for name, arm in arms.items()}
+    return (
+        "The same with a language model that others trained, SmolLM2-135M, which "
+        "[`benchmarks/small_text`](benchmarks/small_text/README.md) makes a LLaVA with DINOv2-small: of "
+        f"{arms['flex']['questions']} small words in large photographs, {found['words']} different ones, it reads "
+        f"{share['coarse']} from 64 coarse tokens (chance is {100 / found['words']:.1f} %), "
+        f"**{share['flex']} with Flex, top {TOP_K} of 64 regions**, and {share['flex, all']} if every region is "
+        f"visible. Large words in the same photographs: {100 * large['accuracy']:.1f} %. The language model's prefill "
+        f"is {flops['coarse']}, {flops['flex']} and {flops['flex, all']} GFLOP, and would be "
+        f"{arms['flex']['gflops, dense']:.1f} with all fine tokens in the sequence. One seed."
+    )

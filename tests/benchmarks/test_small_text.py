@@ -194,6 +194,7 @@ def test_a_whole_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, words, 
         assert abs(found["arms"][name]["regions"] - share) < 1e-6
     text = (tmp_path / "benchmarks" / "RESULTS.md").read_text()
     assert "<!-- small-text: begin -->\n## Small text\n" in text and "| coarse only | " in text
+    assert "of 3 small words" in (tmp_path / "README.md").read_text()
 
 
 def test_an_arm_keeps_what_it_learned(tmp_path, words, few):
