@@ -150,7 +150,6 @@ def measure(run: Run) -> dict[str, Any]:
     """Train what isn't trained yet, and ask all of `ASKED` about the same test pictures."""
     path = run.folder / "found.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}}
-
     if "base" not in found:
         llava, processor, found["base"] = run.base()
         adapter = run.adapter(llava.eval(), processor)

@@ -58,7 +58,8 @@ def section(found: dict[str, Any]) -> str:
         f"{flex['questions']} test pictures, a chance of {100 / found['words']:.1f} %. GFLOP: the language model's "
         f"prefill, causal attention halved, output head left out; with all fine tokens in the sequence it would be "
         f"{flex['gflops, dense']:.1f}. The base sees signs of {LARGE[0]} to {LARGE[1]} pixels in the same test "
-        "photographs with nothing shrunk: what the encoder can read there, more or less.",
+        "photographs with nothing shrunk: what the encoder can read there, more or less. "
+        "Random regions differ from layer to layer and not from picture to picture.",
         "",
         "| layer that reads | " + " | ".join(flex["hits"]) + " |",
         "|---" * (len(flex["hits"]) + 1) + "|",

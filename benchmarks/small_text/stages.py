@@ -197,10 +197,10 @@ def train_arm(
     def report() -> dict[str, float]:
         return {"val": accuracy(talk, min(96, len(held.words)), lambda which: inputs(held, which))}
 
-    binding = getattr(llava, "_flex_binding", None)
-    if binding is None or flex is None or flex.selector == "all":
+    if flex is None:
         fit(folder, parts, loss, report, steps, ARM_RATE)
         return
+    binding = llava._flex_binding
     chosen = binding.selector
     binding.selector = ExploringSelector(chosen, lambda: share[0])  # explores in training only
     try:
